@@ -1,0 +1,143 @@
+"""The nouns: what a source of gradients holds, whatever its format."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.optimizer_state import OptimizerState
+from gradscope.spectrum import MagnitudeSpectrum
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+SourceKind = Literal["gradients", "checkpoint", "trace", "norm-log"]
+
+
+class Progress(Protocol):
+    """Told how many bytes of how many were read; called from the reading thread."""
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One named tensor: its parameter's name, shape and dtype (``"float32"``, ``"bfloat16"``, ``"float8_e4m3fn"``…)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def layer(self) -> str:
+        """The module that owns the parameter: the name without its last dotted part."""
+        return self.name.rsplit(".", 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipGroup:
+    """The tensors over which one clip call takes its norm, and the ``max_norm`` the source knows for it."""
+
+    name: str
+    tensors: tuple[str, ...]
+    max_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """What a source is: ``format`` is for people (``"SB3 PPO checkpoint"``), ``steps`` counts gradient steps."""
+
+    path: str
+    kind: SourceKind
+    format: str
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientStep:
+    """One optimizer step's gradient.  Arrays have one entry per tensor of the source, in its order.
+
+    ``sum_squares`` (float64) and ``max_abs`` are over the finite elements; ``zeros``, ``nan`` and ``inf`` count
+    elements.  ``spectra`` holds a spectrum for every tensor that has one at this step.  ``read(i)`` returns tensor
+    ``i`` whole, as float64 or float32 of its own shape, where the source still has its elements.
+    """
+
+    index: int
+    label: str
+    sum_squares: FloatArray
+    max_abs: FloatArray
+    zeros: IntArray
+    nan: IntArray
+    inf: IntArray
+    spectra: tuple[MagnitudeSpectrum | None, ...]
+    read: Callable[[int], NDArray[np.floating]] | None = None
+
+    @classmethod
+    def from_spectra(
+        cls,
+        index: int,
+        label: str,
+        spectra: Sequence[MagnitudeSpectrum],
+        read: Callable[[int], NDArray[np.floating]] | None = None,
+    ) -> GradientStep:
+        return cls(
+            index=index,
+            label=label,
+            sum_squares=np.array([s.sum_squares for s in spectra], dtype=np.float64),
+            max_abs=np.array([s.max_abs for s in spectra], dtype=np.float64),
+            zeros=np.array([s.zeros for s in spectra], dtype=np.int64),
+            nan=np.array([s.nan for s in spectra], dtype=np.int64),
+            inf=np.array([s.inf for s in spectra], dtype=np.int64),
+            spectra=tuple(spectra),
+            read=read,
+        )
+
+    @property
+    def finite(self) -> bool:
+        return not (self.nan.any() or self.inf.any())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """The parameters of a checkpoint: one spectrum per tensor; ``read(name)`` gives one whole."""
+
+    tensors: tuple[TensorInfo, ...]
+    spectra: tuple[MagnitudeSpectrum, ...]
+    read: Callable[[str], NDArray[np.floating]]
+
+
+@dataclass(eq=False)
+class GradientSource(ABC):
+    """Anything that gradients, weights or optimizer state can be read from.
+
+    ``tensors`` describes the gradient tensors and is empty where the source holds none.  ``groups`` are its clip
+    groups.  ``skipped`` names what was left out and why (``"step: int64"``); ``notes`` are sentences for the reader.
+    """
+
+    info: SourceInfo
+    tensors: tuple[TensorInfo, ...] = ()
+    groups: tuple[ClipGroup, ...] = ()
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @abstractmethod
+    def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
+        """The steps whose positions are in ``steps``, in order; one is in memory at a time."""
+
+    def weights(self, progress: Progress | None = None) -> Weights | None:
+        """The parameters, where the source holds them."""
+        return None
+
+    def optimizers(self, progress: Progress | None = None) -> tuple[OptimizerState, ...]:
+        """The optimizer states, where the source holds them."""
+        return ()

@@ -1,0 +1,52 @@
+"""The nouns of an optimizer's state, as a checkpoint keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradscope.spectrum import MagnitudeSpectrum
+
+if TYPE_CHECKING:
+    from gradscope.gradients import ClipGroup
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredMoment:
+    """One state tensor of one parameter (``exp_avg_sq``, ``square_avg``…)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    spectrum: MagnitudeSpectrum
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParameterState:
+    """What the optimizer holds for one parameter.
+
+    ``name`` is the parameter's name where it could be told, else ``param[i]``; ``shape`` likewise, else that of the
+    state.  ``param_group`` indexes ``OptimizerState.param_groups``.  ``step`` counts its updates.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    param_group: int
+    step: float | None
+    moments: Mapping[str, StoredMoment]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptimizerState:
+    """One optimizer of a checkpoint.
+
+    ``type`` is its class name in PyTorch's spelling (``"Adam"``, ``"RMSpropTFLike"``…), as told by the file or from
+    the state's own keys.  ``param_groups`` are the hyper-parameters as stored (numbers, strings, bools, tuples).
+    ``clip_groups`` name parameters of ``parameters``.
+    """
+
+    name: str
+    type: str
+    param_groups: tuple[Mapping[str, Any], ...]
+    parameters: tuple[ParameterState, ...]
+    clip_groups: tuple[ClipGroup, ...]

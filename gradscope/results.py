@@ -1,0 +1,304 @@
+"""What the commands return: frozen dataclasses of plain numbers.
+
+Field names are the keys of the JSON output (a trailing underscore is dropped); tuples become lists.  Numbers that are
+not finite stay floats here and become the strings "nan", "inf", "-inf" in JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gradscope.spread import Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    path: str
+    kind: str
+    format: str
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class NonfiniteStep:
+    """A step that holds NaN or Inf; ``last_finite_before`` are, in module order, the finite tensors before each fault."""
+
+    step: int
+    label: str
+    tensors: tuple[str, ...]
+    last_finite_before: tuple[str, ...]
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GradientTotals:
+    l2_norm: Spread
+    max_abs: float
+    numel: int
+    zeros: int
+    nonfinite: int
+    nonfinite_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNorm:
+    name: str
+    l2_norm: Spread
+    numel: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """``share`` is the layer's share of the squared norm, summed over the finite steps."""
+
+    name: str
+    l2_norm: Spread
+    numel: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNorm:
+    name: str
+    layer: str
+    group: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    l2_norm: Spread
+    rms: float
+    max_abs: float
+    zeros: int
+    nonfinite: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One step of the neighbourhood that ``--at`` shows."""
+
+    step: int
+    label: str
+    l2_norm: float
+    max_abs: float
+    zeros: int
+    nonfinite: int
+
+
+@dataclass(frozen=True, slots=True)
+class GradientSummary:
+    global_: GradientTotals
+    groups: tuple[GroupNorm, ...]
+    layers: tuple[LayerNorm, ...]
+    tensors: tuple[TensorNorm, ...]
+    nonfinite: tuple[NonfiniteStep, ...]
+    at: tuple[StepRow, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTotals:
+    l2_norm: float
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    name: str
+    l2_norm: float
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorWeights:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    l2_norm: float
+    rms: float
+    max_abs: float
+    zeros: int
+    nonfinite: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSummary:
+    global_: WeightTotals
+    layers: tuple[LayerWeights, ...]
+    tensors: tuple[TensorWeights, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerGroup:
+    """One clip group of an optimizer.  ``qualifications`` say why the saturation bounds may not hold."""
+
+    name: str
+    max_norm: float | None
+    recent_norm: float | None
+    mean_norm: float | None
+    consistency: float | None
+    saturation: float | None
+    clipped_share_at_most: float | None
+    at_limit_share_at_least: Mapping[str, float] | None
+    share: float | None
+    qualifications: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerTensor:
+    name: str
+    recent_norm: float | None
+    mean_norm: float | None
+    consistency: float | None
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerReport:
+    """Forensics of one optimizer.  A number that its state does not hold is None; ``unavailable`` says why.
+
+    ``window`` is the length in steps of the average behind ``recent_norm``, 1/(1−β₂); ``mean_window`` 1/(1−β₁).
+    ``momentum_norm`` is the norm of the momentum buffer (momentum SGD only).
+    """
+
+    name: str
+    type: str
+    steps: float | None
+    lr: float | None
+    max_norm: float | None
+    recent_norm: float | None
+    mean_norm: float | None
+    momentum_norm: float | None
+    consistency: float | None
+    window: float | None
+    mean_window: float | None
+    saturation: float | None
+    clipped_share_at_most: float | None
+    at_limit_share_at_least: Mapping[str, float] | None
+    groups: tuple[OptimizerGroup, ...]
+    tensors: tuple[OptimizerTensor, ...]
+    qualifications: tuple[str, ...]
+    unavailable: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    schema: str
+    source: Source
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+    skipped: tuple[str, ...]
+    gradients: GradientSummary | None
+    weights: WeightSummary | None
+    optimizers: tuple[OptimizerReport, ...]
+
+
+# --- simulate --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGroup:
+    """One clip group under one policy.  The spreads are over the finite steps."""
+
+    name: str
+    clip_rate: float
+    norm: Spread
+    scale: Spread
+    direction_change_deg: Spread
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of the run: steps a to b, both inclusive, by their index."""
+
+    steps: tuple[int, int]
+    clip_rate: float
+    norm: Spread
+    scale: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLayer:
+    """Means over the finite steps; ``clipped_elements`` is their total."""
+
+    name: str
+    clip_rate: float
+    scale: float
+    direction_change_deg: float
+    clipped_elements: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyResult:
+    """What one policy would have done.
+
+    ``scale`` is (g·c)/‖g‖², the factor by which the gradient's own direction was kept, which for a policy that
+    multiplies by one factor is that factor; ``norm_ratio`` is ‖c‖/‖g‖.  ``clip_rate_ci95`` is None where there are too
+    few independent steps; ``effective_steps`` is the sample size behind it.  ``recent`` is the newest part of the run.
+    """
+
+    policy: str
+    threshold: float | None
+    clip_rate: float
+    clip_rate_ci95: tuple[float, float] | None
+    effective_steps: float
+    clipped_steps: int
+    scale: Spread
+    norm_ratio: Spread
+    direction_change_deg: Spread | None
+    direction_change_error_deg: float
+    clipped_elements: float
+    groups: tuple[PolicyGroup, ...]
+    phases: tuple[Phase, ...]
+    recent: RecentClipping
+    layers: tuple[PolicyLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecentClipping:
+    steps: tuple[int, int]
+    clip_rate: float
+    clip_rate_ci95: tuple[float, float] | None
+    effective_steps: float
+
+
+@dataclass(frozen=True, slots=True)
+class NormHistogram:
+    """Counts of finite steps by the largest clip-group norm; ``edges`` has one entry more than ``counts``."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    max_norm: float
+    clip_rate: float
+    recent_clip_rate: float
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """``suggested_max_norm`` maps "0.50", "0.10", "0.05", "0.01" to the υ that clips that share, "steps" to [a, b]."""
+
+    schema: str
+    source: Source
+    convention: str
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+    skipped: tuple[str, ...]
+    steps: int
+    nonfinite_steps: int
+    nonfinite: tuple[NonfiniteStep, ...]
+    norm: Spread
+    norm_histogram: NormHistogram
+    results: tuple[PolicyResult, ...]
+    sweep: tuple[SweepRow, ...]
+    suggested_max_norm: Mapping[str, float | tuple[int, int]]
+    suggested_max_norm_overall: Mapping[str, float | tuple[int, int]]
