@@ -1,0 +1,55 @@
+"""How numbers are written for people: few digits, the same everywhere."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float, digits: int = 3) -> str:
+    """``value`` with ``digits`` significant digits: 21.3, 0.0123, 1.20e-07, 12,345."""
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    exponent = math.floor(math.log10(abs(rounded)))
+    if not -4 <= exponent < 7:
+        return f"{rounded:.{digits - 1}e}"
+    return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def setting(value: float) -> str:
+    """A threshold as its user typed it: 0.5, 10, 1e-05."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def percent(share: float) -> str:
+    """A share in percent that never rounds something to nothing, nor almost all to all: ``< 0.01 %``, ``99.98 %``."""
+    if math.isnan(share):
+        return "nan"
+    value = 100 * share
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    for decimals in (0, 1, 2) if 10 <= value <= 90 else (1, 2):
+        text = f"{value:.{decimals}f}"
+        if 0 < float(text) < 100:
+            return f"{text} %"
+    return "< 0.01 %" if value < 50 else "> 99.99 %"
+
+
+def angle(degrees: float) -> str:
+    """An angle in degrees: ``0°``, ``0.021°``, ``10.7°``."""
+    return "0°" if degrees < 5e-5 else f"{number(degrees)}°"
+
+
+def count(n: float) -> str:
+    """A whole number with thousands separators."""
+    return f"{n:,.0f}"
+
+
+def names(items: tuple[str, ...] | list[str], most: int = 3) -> str:
+    """The first few names of a list, and how many more there are."""
+    shown = ", ".join(items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"

@@ -1,0 +1,48 @@
+"""What a command looks at: the steps of ``--steps``, the clip groups of ``--groups``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from gradscope.errors import GradscopeError
+from gradscope.gradients import ClipGroup, TensorInfo
+
+
+def select_steps(steps: str | slice | None, total: int) -> range:
+    """The positions that ``steps`` (``"A:B"``, Python slice rules) picks out of ``total``.
+
+    Raises GradscopeError for another form, and where nothing is left.
+    """
+    if steps is None:
+        return range(total)
+    if isinstance(steps, str):
+        parts = re.fullmatch(r"\s*(-?\d*)\s*:\s*(-?\d*)\s*", steps)
+        if parts is None or "-" in parts.groups():
+            raise GradscopeError(f"--steps {steps}", "not of the form A:B", "-1000: is the last thousand steps")
+        steps = slice(*(int(part) if part else None for part in parts.groups()))
+    selected = range(total)[steps]
+    if not selected:
+        text = ":".join("" if end is None else str(end) for end in (steps.start, steps.stop))
+        raise GradscopeError(f"--steps {text}", f"selects none of the {total:,} steps")
+    return selected
+
+
+def regroup(tensors: Sequence[TensorInfo], groups: Mapping[str, str]) -> tuple[ClipGroup, ...]:
+    """Clip groups made by glob, name → pattern.  A tensor goes to the first that matches; the others form ``rest``.
+
+    Raises GradscopeError for a pattern that no remaining tensor matches.
+    """
+    left = [tensor.name for tensor in tensors]
+    made = []
+    for name, pattern in groups.items():
+        members = tuple(tensor for tensor in left if fnmatchcase(tensor, pattern))
+        if not members:
+            known = ", ".join(left[:3]) or "nothing is left"
+            raise GradscopeError(f"--groups {name}={pattern}", "matches no tensor", f"tensors: {known} …")
+        made.append(ClipGroup(name, members))
+        left = [tensor for tensor in left if tensor not in members]
+    if left:
+        made.append(ClipGroup("rest", tuple(left)))
+    return tuple(made)
