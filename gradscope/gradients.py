@@ -23,7 +23,8 @@ SourceKind = Literal["gradients", "checkpoint", "trace", "norm-log"]
 class Progress(Protocol):
     """Told how many bytes of how many were read; called from the reading thread."""
 
-    def __call__(self, done_bytes: int, total_bytes: int) -> None: ...
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        """Report that ``done_bytes`` of ``total_bytes`` are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -90,6 +92,7 @@ class GradientStep:
         spectra: Sequence[MagnitudeSpectrum],
         read: Callable[[int], NDArray[np.floating]] | None = None,
     ) -> GradientStep:
+        """A step whose per-tensor numbers are those of ``spectra``, one per tensor."""
         return cls(
             index=index,
             label=label,
@@ -104,6 +107,7 @@ class GradientStep:
 
     @property
     def finite(self) -> bool:
+        """Whether no element is NaN or Inf."""
         return not (self.nan.any() or self.inf.any())
 
 

@@ -14,6 +14,8 @@ from gradscope.spread import Spread
 
 @dataclass(frozen=True, slots=True)
 class Source:
+    """Where the numbers come from."""
+
     path: str
     kind: str
     format: str
@@ -22,7 +24,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class NonfiniteStep:
-    """A step that holds NaN or Inf; ``last_finite_before`` are, in module order, the finite tensors before each fault."""
+    """A step that holds NaN or Inf; ``last_finite_before``: in module order, the finite tensor before each fault."""
 
     step: int
     label: str
@@ -35,6 +37,8 @@ class NonfiniteStep:
 
 @dataclass(frozen=True, slots=True)
 class GradientTotals:
+    """All tensors together; ``zeros`` and ``nonfinite`` count elements over all steps, ``numel`` those of one step."""
+
     l2_norm: Spread
     max_abs: float
     numel: int
@@ -45,6 +49,8 @@ class GradientTotals:
 
 @dataclass(frozen=True, slots=True)
 class GroupNorm:
+    """One clip group; ``share`` as in LayerNorm."""
+
     name: str
     l2_norm: Spread
     numel: int
@@ -63,6 +69,8 @@ class LayerNorm:
 
 @dataclass(frozen=True, slots=True)
 class TensorNorm:
+    """One tensor; ``rms`` is over all elements of the finite steps; ``group`` is its clip group."""
+
     name: str
     layer: str
     group: str
@@ -91,6 +99,8 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class GradientSummary:
+    """The gradients of a source; ``at`` is given with ``--at`` only."""
+
     global_: GradientTotals
     groups: tuple[GroupNorm, ...]
     layers: tuple[LayerNorm, ...]
@@ -101,12 +111,16 @@ class GradientSummary:
 
 @dataclass(frozen=True, slots=True)
 class WeightTotals:
+    """All parameters together."""
+
     l2_norm: float
     numel: int
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
+    """The parameters of one layer."""
+
     name: str
     l2_norm: float
     numel: int
@@ -114,6 +128,8 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class TensorWeights:
+    """One parameter."""
+
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -127,6 +143,8 @@ class TensorWeights:
 
 @dataclass(frozen=True, slots=True)
 class WeightSummary:
+    """The weights of a checkpoint."""
+
     global_: WeightTotals
     layers: tuple[LayerWeights, ...]
     tensors: tuple[TensorWeights, ...]
@@ -150,6 +168,8 @@ class OptimizerGroup:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerTensor:
+    """What the optimizer knows of one parameter; ``share`` is its share of the recent squared norm."""
+
     name: str
     recent_norm: float | None
     mean_norm: float | None
@@ -187,6 +207,8 @@ class OptimizerReport:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
+    """What ``gradscope inspect`` found.  ``findings`` say it in sentences, most important first."""
+
     schema: str
     source: Source
     findings: tuple[str, ...]
@@ -261,6 +283,8 @@ class PolicyResult:
 
 @dataclass(frozen=True, slots=True)
 class RecentClipping:
+    """The newest part of the run, by step index, both ends inclusive."""
+
     steps: tuple[int, int]
     clip_rate: float
     clip_rate_ci95: tuple[float, float] | None
@@ -277,6 +301,8 @@ class NormHistogram:
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
+    """One rung of the ladder: what a ``max_norm`` would clip; ``scale`` is the mean over the finite steps."""
+
     max_norm: float
     clip_rate: float
     recent_clip_rate: float

@@ -37,4 +37,5 @@ class Spread:
 
     @classmethod
     def constant(cls, value: float) -> Spread:
+        """The spread of a series that never changes."""
         return cls(value, value, value, value, value, value)

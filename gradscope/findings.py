@@ -1,0 +1,208 @@
+"""What a result means, in sentences: the first lines of every output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from gradscope import results
+from gradscope.notation import angle, count, names, number, percent, setting
+from gradscope.roles import role_of
+
+DOMINANT_SHARE = 0.9
+# A float32 norm squares and sums in float32: it is infinite from the square root of the largest float32 on.
+FLOAT32_NORM_OVERFLOW = math.sqrt(3.4028234663852886e38)
+FLOAT32_RANGE = {"float32", "bfloat16"}
+_AT_LIMIT = 1e-4
+
+
+class _Shared(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def inspection_findings(inspection: results.Inspection) -> tuple[str, ...]:
+    """The sentences for an inspection, most important first."""
+    found: list[str] = []
+    gradients = inspection.gradients
+    if gradients is not None:
+        found += _nonfinite(gradients.nonfinite, inspection.source.steps)
+        found += _overflow(gradients.tensors)
+        found += _dominance([(layer.name, layer.share) for layer in gradients.layers])
+        found += _dead(gradients)
+    if inspection.weights is not None:
+        found += _broken_weights(inspection.weights)
+    for optimizer in inspection.optimizers:
+        found += _saturation(optimizer, several=len(inspection.optimizers) > 1)
+        shares = [(tensor.name, tensor.share) for tensor in optimizer.tensors if tensor.share is not None]
+        found += _dominance(shares)
+    return tuple(dict.fromkeys(found))
+
+
+def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int) -> list[str]:
+    if not steps:
+        return []
+    first = steps[0]
+    where = f"first in step {first.step} ({first.label})" if total > 1 else "first"
+    before = f"; the last finite tensor before it is {first.last_finite_before[0]}" if first.last_finite_before else ""
+    tensors = names(first.tensors, most=2)
+    subject = "The step holds" if total == 1 else f"{count(len(steps))} of {count(total)} steps hold"
+    left_out = "" if total == len(steps) else " They are left out of every rate and quantile."
+    return [
+        f"{subject} NaN or Inf, {where} in {tensors}{before}.{left_out}",
+        "PyTorch's default clip_grad_norm_ would have made every gradient of the group NaN where there is a NaN; "
+        "an Inf would have become NaN itself and zeroed all the others.",
+    ]
+
+
+def _overflow(tensors: Sequence[results.TensorNorm]) -> list[str]:
+    huge = [t.name for t in tensors if t.dtype in FLOAT32_RANGE and FLOAT32_NORM_OVERFLOW <= t.l2_norm.max < math.inf]
+    if not huge:
+        return []
+    return [
+        f"The squares of {names(huge)} overflow float32 although every element is finite: PyTorch's norm would be "
+        "infinite and clip_grad_norm_ would zero the whole update."
+    ]
+
+
+def _dominance(shares: Sequence[tuple[str, float]]) -> list[str]:
+    """Say it when one role, else one layer, holds nearly all of the squared norm."""
+    known = [(name, share) for name, share in shares if not math.isnan(share)]
+    if len(known) < 2:
+        return []
+    roles = {role: math.fsum(share for name, share in known if role_of(name) == role) for role in ("actor", "critic")}
+    if min(roles.values()) > 0 and max(roles.values()) >= DOMINANT_SHARE:
+        first, second = sorted(roles, key=lambda role: roles[role], reverse=True)
+        return [
+            f"The {first} dominates: {percent(roles[first])} of the squared norm; "
+            f"the {second} has {percent(roles[second])}."
+        ]
+    name, share = max(known, key=lambda pair: pair[1])
+    if share < DOMINANT_SHARE or not any(other > 0 for other_name, other in known if other_name != name):
+        return []
+    return [f"{name} dominates: {percent(share)} of the squared norm; all the rest has {percent(1 - share)}."]
+
+
+def _dead(gradients: results.GradientSummary) -> list[str]:
+    dead = [t.name for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0]
+    if not dead:
+        return []
+    if len(dead) == len(gradients.tensors):
+        return ["Every gradient is zero."]
+    verb = "is" if len(dead) == 1 else "are"
+    return [f"{names(dead)} {verb} zero in every step."]
+
+
+def _broken_weights(weights: results.WeightSummary) -> list[str]:
+    broken = [t.name for t in weights.tensors if t.nonfinite]
+    return [f"The weights hold NaN or Inf, in {names(broken)}."] if broken else []
+
+
+def _saturation(optimizer: results.OptimizerReport, several: bool) -> list[str]:
+    title = f"{optimizer.name}: " if several else ""
+    if optimizer.unavailable:
+        return [f"{title}{optimizer.type}: {optimizer.unavailable}."]
+    found = []
+    for group in optimizer.groups:
+        if group.saturation is None or group.max_norm is None:
+            continue
+        owner = f"{title}{group.name}: " if len(optimizer.groups) > 1 else title
+        found.append(owner + _saturation_sentence(group, _window(optimizer)))
+        found += [f"{owner}{qualification}." for qualification in group.qualifications]
+    if not found and optimizer.recent_norm is not None and optimizer.max_norm is None:
+        found.append(
+            f"{title}The recent gradient norm is {number(optimizer.recent_norm)}. This file names no max_norm; "
+            "with --max-norm its clip saturation can be told."
+        )
+    return found
+
+
+def _window(optimizer: results.OptimizerReport) -> str:
+    if optimizer.window is None:
+        return "recent updates"
+    if optimizer.steps is not None and optimizer.steps < optimizer.window:
+        return f"{count(optimizer.steps)} updates so far"
+    return f"last ~{count(optimizer.window)} updates"
+
+
+def _saturation_sentence(group: results.OptimizerGroup, window: str) -> str:
+    assert group.saturation is not None and group.max_norm is not None
+    limit = f"max_norm {setting(group.max_norm)}"
+    if abs(group.saturation - 1) <= _AT_LIMIT:
+        return (
+            f"All of the {window} sat at the limit: {limit} normalises your gradients; it is no safety net. "
+            "Their true size is not in this file."
+        )
+    if group.saturation > 1:
+        return (
+            f"The optimizer saw gradients that the clip did not cover: their recent norm is "
+            f"{number(group.recent_norm or math.nan)}, above {limit}."
+        )
+    at_limit = (group.at_limit_share_at_least or {}).get("0.9", 0.0)
+    most = f"at most {percent(group.clipped_share_at_most or 0.0)} of the {window} were clipped by {limit}"
+    if at_limit <= 0:
+        return f"{most[0].upper()}{most[1:]}."
+    return f"{most[0].upper()}{most[1:]}; at least {percent(at_limit)} came within 10 % of it or were clipped."
+
+
+def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
+    """The sentences for a simulation, most important first."""
+    found = _nonfinite(simulation.nonfinite, simulation.steps)
+    for result in simulation.results:
+        found += _clipping(simulation, result)
+        found += _direction(result, several=len(simulation.results) > 1)
+    return tuple(found)
+
+
+def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:
+    if math.isnan(result.clip_rate):
+        return
+    policy = policy_words(result.policy)
+    if simulation.steps == 1:
+        yield _one_step(policy, simulation, result)
+        return
+    recent = result.recent
+    length = recent.steps[1] - recent.steps[0] + 1
+    if recent.clip_rate_ci95 is None:
+        interval = " (too few independent steps for an interval)"
+    else:
+        low, high = recent.clip_rate_ci95
+        interval = f" [{100 * low:.0f}–{100 * high:.0f}]"
+    whole = length == simulation.steps
+    overall = "" if whole else f" ({percent(result.clip_rate)} overall)"
+    which = f"the {count(length)} updates" if whole else f"the last {count(length)} updates"
+    yield f"{policy} clips {percent(recent.clip_rate)}{interval} of {which}{overall}."
+
+
+def _one_step(policy: str, simulation: results.Simulation, result: results.PolicyResult) -> str:
+    norm = number(simulation.norm.max, 4)
+    if not result.clipped_steps:
+        return f"{policy} leaves this gradient alone: its norm is {norm}."
+    return f"{policy} clips this gradient: its norm {norm} becomes {number(norm_after(simulation, result), 4)}."
+
+
+def norm_after(simulation: results.Simulation, result: results.PolicyResult) -> float:
+    """The norm of a single step's gradient after the policy."""
+    return simulation.norm.max * result.norm_ratio.max
+
+
+def _direction(result: results.PolicyResult, several: bool) -> Iterable[str]:
+    change = result.direction_change_deg
+    if change is None or math.isnan(change.max) or result.clipped_steps == 0:
+        return
+    policy = f"{policy_words(result.policy)}: " if several else ""
+    start = "direction" if several else "Direction"
+    if change.max < 1e-6:
+        yield f"{policy}{start} is kept (0°); only the length changes."
+    elif change.min == change.max:
+        yield f"{policy}{start} changes by {number(change.max, 5)}°."
+    else:
+        yield f"{policy}{start} changes by {angle(change.p50)} in the median, up to {angle(change.max)}."
+
+
+def policy_words(policy: str) -> str:
+    """A policy as its reader thinks of it: ``max_norm 0.5``, ``clip_value 0.1``, else its own name."""
+    name, _, arguments = policy.partition(":")
+    known = {"norm": "max_norm", "value": "clip_value"}
+    return f"{known[name]} {arguments}" if name in known else policy

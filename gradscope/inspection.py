@@ -1,0 +1,252 @@
+"""What is in a source: norms of its gradients and weights, and what its optimizers know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope import forensics, results
+from gradscope.errors import GradscopeError
+from gradscope.findings import inspection_findings
+from gradscope.gradients import ClipGroup, GradientSource, GradientStep, Progress, TensorInfo, Weights
+from gradscope.nonfinite import name_fault
+from gradscope.selection import regroup, select_steps
+from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.spread import Spread
+
+SCHEMA = "gradscope.inspect/1"
+NEIGHBOURHOOD = 20
+
+
+def inspect(
+    source: GradientSource,
+    *,
+    steps: str | slice | None = None,
+    groups: Mapping[str, str] | None = None,
+    max_norm: float | None = None,
+    at: int | None = None,
+    progress: Progress | None = None,
+) -> results.Inspection:
+    """Read ``source`` once and describe it.
+
+    ``steps`` (``"A:B"``) picks gradient steps; ``at`` picks one, and adds the 20 before it; ``groups`` (name → glob)
+    redefines the clip groups; ``max_norm`` is the υ for clip saturation where the checkpoint does not name it.
+
+    Raises GradscopeError for unusable options and for whatever the source finds wrong with its files.
+    """
+    if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
+        raise GradscopeError(f"--max-norm {max_norm:g}", "must be a positive, finite number")
+    if (steps is not None or at is not None) and not source.tensors:
+        raise GradscopeError(source.info.path, "holds no gradient steps to choose from")
+    weights = source.weights(progress)
+    inspection = results.Inspection(
+        schema=SCHEMA,
+        source=results.Source(**asdict(source.info)),
+        findings=(),
+        notes=source.notes,
+        skipped=source.skipped,
+        gradients=_gradients(source, steps, groups, at, progress) if source.tensors else None,
+        weights=_weights(weights) if weights else None,
+        optimizers=tuple(forensics.analyse(state, max_norm) for state in source.optimizers(progress)),
+    )
+    return replace(inspection, findings=inspection_findings(inspection))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Columns:
+    """Per-tensor numbers of the steps read, stacked: arrays are [steps, tensors]."""
+
+    index: NDArray[np.int64]
+    labels: tuple[str, ...]
+    energy: NDArray[np.float64]
+    max_abs: NDArray[np.float64]
+    zeros: NDArray[np.int64]
+    nan: NDArray[np.int64]
+    inf: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, steps: Iterable[GradientStep]) -> _Columns:
+        rows = list(_without_spectra(steps))
+        return cls(
+            index=np.array([row.index for row in rows], dtype=np.int64),
+            labels=tuple(row.label for row in rows),
+            energy=np.stack([row.sum_squares for row in rows]),
+            max_abs=np.stack([row.max_abs for row in rows]),
+            zeros=np.stack([row.zeros for row in rows]),
+            nan=np.stack([row.nan for row in rows]),
+            inf=np.stack([row.inf for row in rows]),
+        )
+
+    @property
+    def nonfinite(self) -> NDArray[np.int64]:
+        return self.nan + self.inf
+
+    def last(self) -> _Columns:
+        return _Columns(
+            self.index[-1:],
+            self.labels[-1:],
+            self.energy[-1:],
+            self.max_abs[-1:],
+            self.zeros[-1:],
+            self.nan[-1:],
+            self.inf[-1:],
+        )
+
+    def norms(self, members: Sequence[int]) -> NDArray[np.float64]:
+        """The L2 norm of ``members`` together at every step: nan or inf where they hold such an element."""
+        energy = self.energy[:, members].sum(axis=1)
+        energy[self.inf[:, members].any(axis=1)] = math.inf
+        energy[self.nan[:, members].any(axis=1)] = math.nan
+        return np.sqrt(energy)
+
+
+def _without_spectra(steps: Iterable[GradientStep]) -> Iterator[GradientStep]:
+    """Spectra are what makes a step large; norms do not need them."""
+    for step in steps:
+        yield replace(step, spectra=(), read=None)
+
+
+def _gradients(
+    source: GradientSource,
+    steps: str | slice | None,
+    groups: Mapping[str, str] | None,
+    at: int | None,
+    progress: Progress | None,
+) -> results.GradientSummary:
+    selected = select_steps(steps, source.info.steps)
+    if at is not None:
+        if not -len(selected) <= at < len(selected):
+            raise GradscopeError(f"--at {at}", f"there are only {len(selected):,} steps")
+        at %= len(selected)
+        selected = selected[max(0, at - NEIGHBOURHOOD) : at + 1]
+    columns = _Columns.of(source.read_steps(selected, progress))
+    clip_groups = regroup(source.tensors, groups) if groups else source.groups
+    summary = _summary(source.tensors, clip_groups, columns if at is None else columns.last())
+    return summary if at is None else replace(summary, at=_step_rows(columns))
+
+
+def _summary(
+    tensors: tuple[TensorInfo, ...], groups: tuple[ClipGroup, ...], columns: _Columns
+) -> results.GradientSummary:
+    finite_steps = ~columns.nonfinite.any(axis=1)
+    # Where no step is finite, the finite tensors of the broken ones are still worth their numbers.
+    counted = finite_steps if finite_steps.any() else np.ones_like(finite_steps)
+    position = {tensor.name: i for i, tensor in enumerate(tensors)}
+    group_of = {name: group.name for group in groups for name in group.tensors}
+    layers: dict[str, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        layers.setdefault(tensor.layer, []).append(i)
+
+    tensor_energy = columns.energy[finite_steps].sum(axis=0)
+    total_energy = float(tensor_energy.sum())
+
+    def numel(members: Sequence[int]) -> int:
+        return sum(tensors[i].numel for i in members)
+
+    def spread(members: Sequence[int]) -> Spread:
+        return Spread.of(columns.norms(members)[counted])
+
+    def share(members: Sequence[int]) -> float:
+        if not finite_steps.any():
+            return math.nan
+        return float(tensor_energy[members].sum()) / total_energy if total_energy > 0 else 0.0
+
+    everything = range(len(tensors))
+    grouped = {group.name: [position[name] for name in group.tensors] for group in groups}
+    names = [tensor.name for tensor in tensors]
+    return results.GradientSummary(
+        global_=results.GradientTotals(
+            l2_norm=spread(everything),
+            max_abs=float(columns.max_abs.max(initial=0.0)),
+            numel=numel(everything),
+            zeros=int(columns.zeros.sum()),
+            nonfinite=int(columns.nonfinite.sum()),
+            nonfinite_steps=int((~finite_steps).sum()),
+        ),
+        groups=tuple(results.GroupNorm(name, spread(m), numel(m), share(m)) for name, m in grouped.items()),
+        layers=tuple(results.LayerNorm(name, spread(m), numel(m), share(m)) for name, m in layers.items()),
+        tensors=tuple(
+            results.TensorNorm(
+                name=tensor.name,
+                layer=tensor.layer,
+                group=group_of[tensor.name],
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                numel=tensor.numel,
+                l2_norm=spread([i]),
+                rms=_rms(columns.norms([i])[counted], tensor.numel),
+                max_abs=float(columns.max_abs[:, i].max(initial=0.0)),
+                zeros=int(columns.zeros[:, i].sum()),
+                nonfinite=int(columns.nonfinite[:, i].sum()),
+                share=share([i]),
+            )
+            for i, tensor in enumerate(tensors)
+        ),
+        nonfinite=tuple(
+            name_fault(int(columns.index[row]), columns.labels[row], names, columns.nonfinite[row])
+            for row in np.flatnonzero(~finite_steps)
+        ),
+        at=None,
+    )
+
+
+def _rms(norms: NDArray[np.float64], numel: int) -> float:
+    """Root of the mean square over all elements of all steps, from the steps' L2 ``norms``."""
+    if numel == 0:
+        return 0.0
+    return float(np.sqrt(np.mean(np.square(norms)) / numel))
+
+
+def _step_rows(columns: _Columns) -> tuple[results.StepRow, ...]:
+    norms = columns.norms(range(columns.energy.shape[1]))
+    return tuple(
+        results.StepRow(
+            step=int(columns.index[row]),
+            label=columns.labels[row],
+            l2_norm=float(norms[row]),
+            max_abs=float(columns.max_abs[row].max(initial=0.0)),
+            zeros=int(columns.zeros[row].sum()),
+            nonfinite=int(columns.nonfinite[row].sum()),
+        )
+        for row in range(len(columns.labels))
+    )
+
+
+def _weights(weights: Weights) -> results.WeightSummary:
+    energy: dict[str, list[float]] = {}
+    numel: dict[str, int] = {}
+    for info, spectrum in zip(weights.tensors, weights.spectra, strict=True):
+        energy.setdefault(info.layer, []).append(_whole_norm(spectrum) ** 2)
+        numel[info.layer] = numel.get(info.layer, 0) + info.numel
+    return results.WeightSummary(
+        global_=results.WeightTotals(
+            l2_norm=math.sqrt(math.fsum(e for layer in energy.values() for e in layer)), numel=sum(numel.values())
+        ),
+        layers=tuple(
+            results.LayerWeights(name, math.sqrt(math.fsum(values)), numel[name]) for name, values in energy.items()
+        ),
+        tensors=tuple(
+            results.TensorWeights(
+                name=info.name,
+                shape=info.shape,
+                dtype=info.dtype,
+                numel=info.numel,
+                l2_norm=_whole_norm(spectrum),
+                rms=_whole_norm(spectrum) / math.sqrt(info.numel) if info.numel else 0.0,
+                max_abs=spectrum.max_abs,
+                zeros=spectrum.zeros,
+                nonfinite=spectrum.nan + spectrum.inf,
+            )
+            for info, spectrum in zip(weights.tensors, weights.spectra, strict=True)
+        ),
+    )
+
+
+def _whole_norm(spectrum: MagnitudeSpectrum) -> float:
+    if spectrum.nan:
+        return math.nan
+    return math.inf if spectrum.inf else spectrum.norm
