@@ -6,18 +6,16 @@ import math
 
 
 def number(value: float, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits: 21.3, 0.0123, 1.20e-07, 12,345."""
-    if math.isnan(value):
-        return "nan"
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
+    """``value`` with ``digits`` significant digits, whole numbers in full: 0.0123, 21.3, 12,346, 1.20e+07."""
+    if not math.isfinite(value):
+        return f"{value:g}"
     if value == 0:
         return "0"
-    rounded = float(f"{value:.{digits - 1}e}")
-    exponent = math.floor(math.log10(abs(rounded)))
+    scientific = f"{value:.{digits - 1}e}"
+    exponent = int(scientific.partition("e")[2])
     if not -4 <= exponent < 7:
-        return f"{rounded:.{digits - 1}e}"
-    return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+        return scientific
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
 
 
 def setting(value: float) -> str:
