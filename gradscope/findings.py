@@ -102,7 +102,7 @@ def _broken_weights(weights: results.WeightSummary) -> list[str]:
 def _saturation(optimizer: results.OptimizerReport, several: bool) -> list[str]:
     title = f"{optimizer.name}: " if several else ""
     if optimizer.unavailable:
-        return [f"{title}{optimizer.type}: {optimizer.unavailable}."]
+        return [f"{title}Clip saturation is not available: {optimizer.unavailable}."]
     found = []
     for group in optimizer.groups:
         if group.saturation is None or group.max_norm is None:
@@ -135,10 +135,7 @@ def _saturation_sentence(group: results.OptimizerGroup, window: str) -> str:
             "Their true size is not in this file."
         )
     if group.saturation > 1:
-        return (
-            f"The optimizer saw gradients that the clip did not cover: their recent norm is "
-            f"{number(group.recent_norm or math.nan)}, above {limit}."
-        )
+        return f"The recent norm that the optimizer saw, {number(group.recent_norm or math.nan)}, is above {limit}."
     at_limit = (group.at_limit_share_at_least or {}).get("0.9", 0.0)
     most = f"at most {percent(group.clipped_share_at_most or 0.0)} of the {window} were clipped by {limit}"
     if at_limit <= 0:
