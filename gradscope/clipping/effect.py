@@ -1,0 +1,110 @@
+"""What a policy does to a run: per step for the joint gradient and each clip group, on average for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.clipping.layout import TensorLayout
+from gradscope.clipping.moments import Moments
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Series:
+    """Per finite step and set; all arrays are [steps, sets].
+
+    ``scale`` is (g·c)/‖g‖², ``norm_ratio`` ‖c‖/‖g‖ and ``angle`` the direction change in degrees, NaN where nothing is
+    left of the gradient.
+    """
+
+    triggered: BoolArray
+    scale: FloatArray
+    norm_ratio: FloatArray
+    angle: FloatArray
+
+    @classmethod
+    def of(cls, moments: Moments, triggered: BoolArray) -> Series:
+        return cls(triggered, moments.mean, moments.norm_ratio(), moments.direction_change_deg())
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Series], sets: int) -> Series:
+        """The series of consecutive stretches of a run, as one."""
+        empty = np.empty((0, sets))
+        parts = [cls(empty.astype(np.bool_), empty, empty, empty), *parts]
+        return cls(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("triggered", "scale", "norm_ratio", "angle")
+            )
+        )
+
+
+class LayerTotals:
+    """Sums over the steps seen so far, one entry per layer."""
+
+    def __init__(self, layers: int) -> None:
+        self._steps = 0
+        self._triggered = np.zeros(layers)
+        self._scale = np.zeros(layers)
+        self._angle = np.zeros(layers)
+        self._angles = np.zeros(layers)
+        self._clipped_elements = np.zeros(layers)
+
+    def add(self, series: Series, clipped_elements: FloatArray | float = 0.0) -> None:
+        """Take in the layers' ``series``, and the elements that were clamped in them ([layers], summed over steps)."""
+        self._steps += len(series.scale)
+        self._triggered += series.triggered.sum(axis=0)
+        self._scale += series.scale.sum(axis=0)
+        self._angle += np.nansum(series.angle, axis=0)
+        self._angles += np.isfinite(series.angle).sum(axis=0)
+        self._clipped_elements += clipped_elements
+
+    def means(self) -> LayerMeans:
+        with np.errstate(invalid="ignore"):
+            steps = np.float64(self._steps)
+            return LayerMeans(
+                clip_rate=self._triggered / steps,
+                scale=self._scale / steps,
+                angle=self._angle / self._angles,
+                clipped_elements=self._clipped_elements,
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerMeans:
+    """Means over the finite steps, one entry per layer (NaN where there are none); ``clipped_elements`` is a total."""
+
+    clip_rate: FloatArray
+    scale: FloatArray
+    angle: FloatArray
+    clipped_elements: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Effect:
+    """What a policy does to a run; ``angle_error`` is the largest half-width of a joint angle's interval, in degrees."""
+
+    joint: Series
+    groups: Series
+    layers: LayerMeans
+    angle_error: float = 0.0
+
+
+def effect_of_scaling(parts: Iterable[tuple[Moments, BoolArray]], layout: TensorLayout) -> Effect:
+    """The effect of scaled tensors: ``parts`` holds, for stretches of the run, moments and triggers [steps, tensors]."""
+    joint, groups, layers = [], [], LayerTotals(len(layout.layers))
+    for moments, triggered in parts:
+        layers.add(Series.of(moments.merge(layout.layers), layout.layers.any(triggered)))
+        groups.append(Series.of(moments.merge(layout.groups), layout.groups.any(triggered)))
+        joint.append(Series.of(moments.merge(layout.joint), layout.joint.any(triggered)))
+    return Effect(
+        joint=Series.concatenate(joint, 1),
+        groups=Series.concatenate(groups, len(layout.groups)),
+        layers=layers.means(),
+    )

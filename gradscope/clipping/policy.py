@@ -1,0 +1,122 @@
+"""What every policy is: a name, its numbers, and for most of them a factor per unit and step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.clipping.effect import Effect, effect_of_scaling
+from gradscope.clipping.layout import Level, Partition, TensorLayout
+from gradscope.clipping.moments import Moments
+from gradscope.notation import setting
+
+if TYPE_CHECKING:
+    from gradscope.gradients import GradientSource, GradientStep
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+Convention = Literal["exact", "torch"]
+
+# torch.nn.utils.clip_grad_norm_ adds this to the norm before it divides.
+TORCH_EPSILON = 1e-6
+STRETCH_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Policy(ABC):
+    """A clip policy as ``parse_policy`` reads it: ``name`` and the numbers that were given."""
+
+    name: str
+    arguments: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """The notation that ``parse_policy`` reads: ``"norm:0.5"``."""
+        return f"{self.name}:{','.join(setting(number) for number in self.arguments)}"
+
+    @property
+    def threshold(self) -> float | None:
+        """The policy's fixed limit (max_norm, clip_value, rms or lambda); None where it moves with the run."""
+        return self.arguments[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """What a policy does to its units: the factor applied and whether it was triggered; both [steps, units]."""
+
+    scale: FloatArray
+    triggered: NDArray[np.bool_]
+
+
+class ScalePolicy(Policy):
+    """A policy that multiplies each unit (clip group, layer, tensor or all) by one factor that its norm decides."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def unit(self) -> Level:
+        """Over what one norm is taken."""
+
+    @abstractmethod
+    def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
+        """The factors for ``norms`` (float64 [finite steps, units], in time order); ``numel`` elements per unit."""
+
+    def effect(self, energies: FloatArray, layout: TensorLayout, convention: Convention) -> Effect:
+        """What the policy does to a run with ``energies`` Σg², float64 [finite steps, tensors]."""
+        units = layout.at(self.unit)
+        numel = np.bincount(units.owner, weights=layout.numel, minlength=len(units)).astype(np.int64)
+        factors = self.factors(np.sqrt(units.total(energies)), numel, convention)
+        # A stretch at a time, so that the temporaries stay small beside the energies.
+        rows = max(1, STRETCH_ELEMENTS // energies.shape[1])
+        stretches = (slice(start, start + rows) for start in range(0, len(energies), rows))
+        return effect_of_scaling((_scaled(energies, factors, units, stretch) for stretch in stretches), layout)
+
+
+def _scaled(
+    energies: FloatArray, factors: Factors, units: Partition, stretch: slice
+) -> tuple[Moments, NDArray[np.bool_]]:
+    scale = factors.scale[stretch][:, units.owner]
+    moments = Moments(energies[stretch], scale, np.zeros_like(scale))
+    return moments, factors.triggered[stretch][:, units.owner]
+
+
+class Replay(Protocol):
+    """Sees the finite steps of a run, in time order, and sums up what the policy would have done."""
+
+    def see(self, step: GradientStep) -> None: ...
+
+    def effect(self) -> Effect: ...
+
+
+class ElementPolicy(Policy):
+    """A policy that norms alone do not decide: it looks at each step while it is in memory."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def replay(self, source: GradientSource, layout: TensorLayout) -> Replay:
+        """A replay of this policy on ``source``.
+
+        Raises GradscopeError where the source lacks what the policy needs.
+        """
+
+
+def limit_norm(norms: FloatArray, limits: FloatArray | float, convention: Convention) -> Factors:
+    """Clip by norm at ``limits`` (υ, broadcast against ``norms``): triggered where n > υ.
+
+    The factor is min(1, υ/n) (Pascanu et al. 2013; optax ``clip_by_global_norm``), or min(1, υ/(n + 1e-6)) by the
+    ``torch`` convention, which also scales a norm within 1e-6 below υ.  A zero gradient keeps the factor 1.
+    """
+    triggered = norms > limits
+    if convention == "torch":
+        scale = np.minimum(1.0, limits / (norms + TORCH_EPSILON))
+        return Factors(np.where(norms == 0.0, 1.0, scale), triggered)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = np.where(triggered, limits / norms, 1.0)
+    return Factors(scale, triggered)

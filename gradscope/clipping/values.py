@@ -1,0 +1,95 @@
+"""Clip by value, read off the magnitude spectra."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradscope.clipping.effect import BoolArray, Effect, LayerTotals, Series
+from gradscope.clipping.layout import Partition, TensorLayout
+from gradscope.clipping.policy import ElementPolicy, FloatArray
+from gradscope.errors import GradscopeError
+
+if TYPE_CHECKING:
+    from gradscope.gradients import GradientSource, GradientStep
+    from gradscope.spectrum import ValueClip
+
+
+class ClipByValue(ElementPolicy):
+    """Every element into [−v, v] (PyTorch ``clip_grad_value_``, optax ``clip``, Keras ``clipvalue``).
+
+    A step is triggered if any |g| > v.  The angle is that of cos θ = g·c/(‖g‖‖c‖), with the rigorous half-width that the
+    spectrum's bin around v leaves.
+    """
+
+    __slots__ = ()
+
+    def replay(self, source: GradientSource, layout: TensorLayout) -> _ValueReplay:
+        return _ValueReplay(self.label, self.arguments[0], layout)
+
+
+class _ValueReplay:
+    """One row per step for the joint gradient and the clip groups; layers are summed up as they come."""
+
+    def __init__(self, label: str, clip_value: float, layout: TensorLayout) -> None:
+        self._label = label
+        self._clip_value = clip_value
+        self._layout = layout
+        self._joint: list[Series] = []
+        self._groups: list[Series] = []
+        self._layers = LayerTotals(len(layout.layers))
+        self._angle_error = 0.0
+
+    def see(self, step: GradientStep) -> None:
+        clips = [self._clip(step, i) for i in range(len(self._layout.tensors))]
+        layers = _merge(clips, self._layout.layers)
+        groups = _merge(clips, self._layout.groups)
+        joint = _merge(clips, self._layout.joint)
+        over = step.max_abs[None] > self._clip_value
+        elements = np.array([(clip.clipped_lo + clip.clipped_hi) / 2 for clip in layers])
+        self._layers.add(_series(layers, self._layout.layers.any(over))[0], elements)
+        self._groups.append(_series(groups, self._layout.groups.any(over))[0])
+        series, error = _series(joint, self._layout.joint.any(over))
+        self._joint.append(series)
+        self._angle_error = max(self._angle_error, error)
+
+    def effect(self) -> Effect:
+        return Effect(
+            joint=Series.concatenate(self._joint, 1),
+            groups=Series.concatenate(self._groups, len(self._layout.groups)),
+            layers=self._layers.means(),
+            angle_error=self._angle_error,
+        )
+
+    def _clip(self, step: GradientStep, tensor: int) -> ValueClip:
+        spectrum = step.spectra[tensor] if step.spectra else None
+        if spectrum is None:
+            raise GradscopeError(
+                f"--policy {self._label}",
+                f"step {step.index} ({step.label}) holds norms only; clip by value needs the elements",
+                "gradient dumps and captured batches hold them",
+            )
+        return spectrum.value_clip(self._clip_value)
+
+
+def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
+    merged: dict[int, ValueClip] = {}
+    for owner, clip in zip(sets.owner.tolist(), clips, strict=True):
+        merged[owner] = merged[owner] + clip if owner in merged else clip
+    return [merged[owner] for owner in range(len(sets))]
+
+
+def _series(clips: list[ValueClip], triggered: BoolArray) -> tuple[Series, float]:
+    """One step's ``clips``, one per set, as a series of length 1, and the widest half-width of an angle.
+
+    A zero gradient keeps its factor and its direction.
+    """
+    rows: list[tuple[float, float, float, float]] = []
+    for clip in clips:
+        if clip.energy == 0.0:
+            rows.append((1.0, 1.0, 0.0, 0.0))
+        else:
+            rows.append((clip.scale(), clip.norm_ratio(), *clip.direction_change_deg()))
+    columns: FloatArray = np.array(rows, dtype=np.float64).T[:, None, :]
+    return Series(triggered, columns[0], columns[1], columns[2]), float(columns[3].max())

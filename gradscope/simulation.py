@@ -1,0 +1,314 @@
+"""Clip policies replayed on recorded gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope import results
+from gradscope.clipping.effect import Effect, Series
+from gradscope.clipping.layout import Partition, TensorLayout
+from gradscope.clipping.moments import Moments
+from gradscope.clipping.parsing import parse_policy
+from gradscope.clipping.policy import Convention, ElementPolicy, Policy, Replay, ScalePolicy, limit_norm
+from gradscope.errors import GradscopeError
+from gradscope.findings import simulation_findings
+from gradscope.gradients import GradientSource, Progress
+from gradscope.intervals import clip_rate_interval
+from gradscope.ladders import norm_histogram, round_ladder
+from gradscope.nonfinite import name_fault
+from gradscope.phases import find_phases
+from gradscope.selection import regroup, select_steps
+from gradscope.spread import Spread
+
+FloatArray = NDArray[np.float64]
+
+SCHEMA = "gradscope.simulate/1"
+SUGGESTED_PERCENT = (50, 10, 5, 1)
+FEWEST_FOR_RECENT = 20
+MOST_RECENT = 1000
+NEED_MORE_THAN_NORMS = frozenset({"per-layer-norm", "per-tensor-norm", "value", "block-rms", "agc"})
+
+
+def simulate(
+    source: GradientSource,
+    policies: Sequence[Policy | str],
+    *,
+    steps: str | slice | None = None,
+    groups: Mapping[str, str] | None = None,
+    convention: Convention = "exact",
+    sweep: bool = False,
+    progress: Progress | None = None,
+) -> results.Simulation:
+    """Read ``source`` once and tell what each of ``policies`` would have done to it.
+
+    ``policies`` are objects or their notation (``"norm:0.5"``); ``steps`` (``"A:B"``) picks steps and ``groups``
+    (name → glob) redefines the clip groups.  ``convention`` is how a norm is clipped: ``"exact"``, min(1, υ/n), or
+    ``"torch"``, min(1, υ/(n + 1e-6)).  ``sweep`` adds a ladder of max_norm.  Steps that hold NaN or Inf are named and
+    left out of everything else.
+
+    Raises GradscopeError for unusable options, for a source without gradients, for a policy that needs more than
+    the source holds, and for whatever the source finds wrong with its files.
+    """
+    if convention not in ("exact", "torch"):
+        raise GradscopeError(f"--convention {convention}", "must be exact or torch")
+    chosen = tuple(parse_policy(policy) if isinstance(policy, str) else policy for policy in policies)
+    _require_gradients(source, chosen)
+    selected = select_steps(steps, source.info.steps)
+    layout = TensorLayout.of(source.tensors, regroup(source.tensors, groups) if groups else source.groups)
+    replays = {policy: policy.replay(source, layout) for policy in chosen if isinstance(policy, ElementPolicy)}
+    run = _Run.read(source, selected, layout, list(replays.values()), progress)
+    effects = {policy: _effect(policy, replays, run, convention) for policy in dict.fromkeys(chosen)}
+    phases = find_phases(run.joint_norms)
+    simulation = results.Simulation(
+        schema=SCHEMA,
+        source=results.Source(**asdict(source.info)),
+        convention=convention,
+        findings=(),
+        notes=source.notes,
+        skipped=source.skipped,
+        steps=len(run.index),
+        nonfinite_steps=len(run.nonfinite),
+        nonfinite=run.nonfinite,
+        norm=Spread.of(run.joint_norms),
+        norm_histogram=norm_histogram(run.largest_norms),
+        results=tuple(_policy_result(policy, effects[policy], run, phases) for policy in chosen),
+        sweep=_sweep(chosen, run, convention) if sweep else (),
+        suggested_max_norm=_suggest(run, run.recent),
+        suggested_max_norm_overall=_suggest(run, slice(0, len(run.index))),
+    )
+    return replace(simulation, findings=simulation_findings(simulation))
+
+
+def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> None:
+    if not source.tensors:
+        raise GradscopeError(
+            source.info.path,
+            "a bare checkpoint holds no gradients",
+            "--batch FILE computes them from a captured batch, gradscope record keeps them during training; "
+            "gradscope inspect tells what the optimizer knows",
+        )
+    if source.info.kind == "norm-log":
+        for policy in policies:
+            if policy.name in NEED_MORE_THAN_NORMS:
+                raise GradscopeError(
+                    f"--policy {policy.label}",
+                    f"{source.info.path} is a log of norms; this policy needs the gradients themselves",
+                    "gradscope record keeps them during training",
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """The steps as read.  ``finite`` (bool) and ``index`` (int64) are [steps]; the norms are those of finite steps."""
+
+    layout: TensorLayout
+    index: NDArray[np.int64]
+    finite: NDArray[np.bool_]
+    energies: FloatArray
+    group_norms: FloatArray
+    joint_norms: FloatArray
+    nonfinite: tuple[results.NonfiniteStep, ...]
+
+    @classmethod
+    def read(
+        cls,
+        source: GradientSource,
+        selected: range,
+        layout: TensorLayout,
+        replays: Sequence[Replay],
+        progress: Progress | None,
+    ) -> _Run:
+        """Stream the steps once; only their energies and what ``replays`` keep stay in memory."""
+        names = [tensor.name for tensor in source.tensors]
+        index: list[int] = []
+        finite: list[bool] = []
+        nonfinite: list[results.NonfiniteStep] = []
+        energies = np.empty((len(selected), len(names)))
+        kept = 0
+        for step in source.read_steps(selected, progress):
+            index.append(step.index)
+            # A float64 gradient beyond 1e154 is finite, but its square is not.
+            with np.errstate(over="ignore"):
+                finite.append(step.finite and math.isfinite(step.sum_squares.sum()))
+            if not finite[-1]:
+                faults = step.nan + step.inf
+                faults = faults if faults.any() else (step.sum_squares >= step.sum_squares.max()).astype(np.int64)
+                nonfinite.append(name_fault(step.index, step.label, names, faults))
+                continue
+            energies[kept] = step.sum_squares
+            kept += 1
+            for replay in replays:
+                replay.see(step)
+        if not index:
+            raise GradscopeError(source.info.path, "holds no gradient steps")
+        energies = energies[:kept]
+        group_energies = layout.groups.total(energies)
+        return cls(
+            layout=layout,
+            index=np.array(index, dtype=np.int64),
+            finite=np.array(finite, dtype=np.bool_),
+            energies=energies,
+            group_norms=np.sqrt(group_energies),
+            joint_norms=np.sqrt(group_energies.sum(axis=1)),
+            nonfinite=tuple(nonfinite),
+        )
+
+    @property
+    def largest_norms(self) -> FloatArray:
+        """The norm of each finite step's largest clip group: what decides whether max_norm clips the step."""
+        return self.group_norms.max(axis=1)
+
+    @property
+    def recent(self) -> slice:
+        """The newest part, as positions among the steps: all of a short run, else half of it, 20 to 1000 steps."""
+        total = len(self.index)
+        if total < FEWEST_FOR_RECENT:
+            return slice(0, total)
+        return slice(total - max(FEWEST_FOR_RECENT, min(MOST_RECENT, total // 2)), total)
+
+    def finite_in(self, part: slice) -> slice:
+        """The same part, as positions among the finite steps."""
+        before = int(self.finite[: part.start].sum())
+        return slice(before, before + int(self.finite[part].sum()))
+
+    def bounds(self, part: slice) -> tuple[int, int]:
+        """The index of the first and of the last step of ``part``."""
+        return int(self.index[part.start]), int(self.index[part.stop - 1])
+
+
+def _effect(policy: Policy, replays: Mapping[ElementPolicy, Replay], run: _Run, convention: Convention) -> Effect:
+    if isinstance(policy, ScalePolicy):
+        return policy.effect(run.energies, run.layout, convention)
+    assert isinstance(policy, ElementPolicy)
+    return replays[policy].effect()
+
+
+def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[range]) -> results.PolicyResult:
+    clipped = effect.joint.triggered[:, 0]
+    interval, effective = clip_rate_interval(clipped, run.largest_norms)
+    layers = effect.layers
+    return results.PolicyResult(
+        policy=policy.label,
+        threshold=policy.threshold,
+        clip_rate=_share(clipped),
+        clip_rate_ci95=interval,
+        effective_steps=effective,
+        clipped_steps=int(clipped.sum()),
+        scale=Spread.of(effect.joint.scale),
+        norm_ratio=Spread.of(effect.joint.norm_ratio),
+        direction_change_deg=_angles(effect.joint, 0) if _has_direction(effect.joint) else None,
+        direction_change_error_deg=effect.angle_error,
+        clipped_elements=float(layers.clipped_elements.sum()),
+        groups=_policy_groups(effect.groups, run),
+        phases=tuple(_phase(phase, effect, run, last=phase is phases[-1]) for phase in phases),
+        recent=_recent_clipping(clipped, run),
+        layers=tuple(
+            results.PolicyLayer(
+                name=name,
+                clip_rate=float(layers.clip_rate[i]),
+                scale=float(layers.scale[i]),
+                direction_change_deg=float(layers.angle[i]),
+                clipped_elements=float(layers.clipped_elements[i]),
+            )
+            for i, name in enumerate(run.layout.layers.names)
+        ),
+    )
+
+
+def _policy_groups(series: Series, run: _Run) -> tuple[results.PolicyGroup, ...]:
+    shares = _energy_shares(run)
+    return tuple(
+        results.PolicyGroup(
+            name=name,
+            clip_rate=_share(series.triggered[:, i]),
+            norm=Spread.of(run.group_norms[:, i]),
+            scale=Spread.of(series.scale[:, i]),
+            direction_change_deg=_angles(series, i),
+            share=shares[i],
+        )
+        for i, name in enumerate(run.layout.groups.names)
+    )
+
+
+def _energy_shares(run: _Run) -> list[float]:
+    """Each clip group's share of the squared norm, summed over the finite steps."""
+    if not len(run.group_norms):
+        return [math.nan] * len(run.layout.groups)
+    largest = float(run.group_norms.max())
+    energies = np.square(run.group_norms / largest).sum(axis=0) if largest > 0.0 else np.zeros(len(run.layout.groups))
+    return [float(energy) for energy in energies / max(1.0, float(energies.sum()))]
+
+
+def _has_direction(series: Series) -> bool:
+    return not len(series.angle) or bool(np.isfinite(series.angle).any())
+
+
+def _angles(series: Series, column: int) -> Spread:
+    angles = series.angle[:, column]
+    return Spread.of(angles[np.isfinite(angles)])
+
+
+def _share(clipped: NDArray[np.bool_]) -> float:
+    return float(clipped.mean()) if len(clipped) else math.nan
+
+
+def _phase(phase: range, effect: Effect, run: _Run, last: bool) -> results.Phase:
+    """One phase under one policy; steps that are not finite belong to the phase before them."""
+    part = slice(phase.start, phase.stop)
+    positions = np.flatnonzero(run.finite)
+    first = positions[phase.start] if phase.start else 0
+    stop = len(run.index) if last else positions[phase.stop]
+    return results.Phase(
+        steps=run.bounds(slice(int(first), int(stop))),
+        clip_rate=_share(effect.joint.triggered[part, 0]),
+        norm=Spread.of(run.joint_norms[part]),
+        scale=Spread.of(effect.joint.scale[part]),
+    )
+
+
+def _recent_clipping(clipped: NDArray[np.bool_], run: _Run) -> results.RecentClipping:
+    part = run.finite_in(run.recent)
+    interval, effective = clip_rate_interval(clipped[part], run.largest_norms[part])
+    return results.RecentClipping(
+        steps=run.bounds(run.recent),
+        clip_rate=_share(clipped[part]),
+        clip_rate_ci95=interval,
+        effective_steps=effective,
+    )
+
+
+def _suggest(run: _Run, part: slice) -> dict[str, float | tuple[int, int]]:
+    """For each percentage the smallest norm seen that, as max_norm, clips no larger share of the part's steps."""
+    norms = np.sort(run.largest_norms[run.finite_in(part)])
+    suggested: dict[str, float | tuple[int, int]] = {"steps": run.bounds(part)}
+    for percent in SUGGESTED_PERCENT:
+        # Integers, so that 1 % of 700 steps is 7 and no rounding makes it 6.
+        above = len(norms) * percent // 100
+        suggested[f"{percent / 100:.2f}"] = float(norms[len(norms) - 1 - above]) if len(norms) else math.nan
+    return suggested
+
+
+def _sweep(policies: Sequence[Policy], run: _Run, convention: Convention) -> tuple[results.SweepRow, ...]:
+    given = [policy.arguments[0] for policy in policies if policy.name == "norm"]
+    energies = np.square(run.group_norms)
+    joint = Partition.by(["all"] * energies.shape[1])
+    recent = run.finite_in(run.recent)
+    rows = []
+    for max_norm in round_ladder(run.largest_norms, given):
+        factors = limit_norm(run.group_norms, max_norm, convention)
+        clipped = factors.triggered.any(axis=1)
+        scale = Moments(energies, factors.scale, np.zeros_like(energies)).merge(joint).mean
+        rows.append(
+            results.SweepRow(
+                max_norm=max_norm,
+                clip_rate=_share(clipped),
+                recent_clip_rate=_share(clipped[recent]),
+                scale=float(scale.mean()) if len(scale) else math.nan,
+            )
+        )
+    return tuple(rows)
