@@ -1,0 +1,209 @@
+"""What ``gradscope inspect`` shows: what it is, what matters, the norms that prove it, what to do next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+
+from gradscope import results
+from gradscope.notation import count, names, number, percent, setting
+from gradscope.views.cells import known, share
+from gradscope.views.choices import By, ViewChoices
+from gradscope.views.nonfinite_sentences import nonfinite_sentences
+from gradscope.views.norm_rows import (
+    NormRow,
+    gradient_rows,
+    optimizer_rows,
+    ordered,
+    shown_and_folded,
+    weight_rows,
+)
+from gradscope.views.norm_tables import gradient_fields, norm_table, optimizer_fields, weight_fields
+from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table
+
+
+def inspect_screen(inspection: results.Inspection, choices: ViewChoices) -> Screen:
+    """The screen of one inspection."""
+    return Screen(tuple(_blocks(inspection, choices)))
+
+
+def _blocks(inspection: results.Inspection, choices: ViewChoices) -> Iterator[Block]:
+    yield Sentence(_opening(inspection, choices), tone="strong")
+    yield from (Sentence(finding, finding=True) for finding in inspection.findings)
+    if inspection.gradients is not None:
+        yield from _gradient_blocks(inspection.gradients, choices)
+    yield from _optimizer_blocks(inspection, choices)
+    if inspection.weights is not None and not any(optimizer.tensors for optimizer in inspection.optimizers):
+        yield _weights_table(inspection.weights, choices)
+    yield from (Sentence(note, tone="quiet") for note in inspection.notes)
+    if inspection.skipped:
+        yield Sentence(f"Skipped: {names(inspection.skipped, most=5)}.", tone="quiet")
+    yield Sentence(_next(inspection, choices))
+
+
+def _opening(inspection: results.Inspection, choices: ViewChoices) -> str:
+    parts = [inspection.source.format]
+    if inspection.gradients is not None:
+        parts += [_counted(inspection.source.steps, "step")] if inspection.source.steps else []
+        parts.append(_counted(len(inspection.gradients.tensors), "gradient tensor"))
+        parts.append(_counted(inspection.gradients.global_.numel, "element"))
+    elif inspection.weights is not None:
+        parts.append(_counted(len(inspection.weights.tensors), "tensor"))
+        parts.append(_counted(inspection.weights.global_.numel, "parameter"))
+    parts += [_optimizer_words(optimizer) for optimizer in inspection.optimizers]
+    what = " · ".join(parts)
+    return f"{choices.opening}: {what}" if choices.opening else what
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{count(n)} {noun}{'s' * (n != 1)}"
+
+
+def _optimizer_words(optimizer: results.OptimizerReport) -> str:
+    return optimizer.type if optimizer.steps is None else f"{optimizer.type}, {count(optimizer.steps)} updates"
+
+
+def _next(inspection: results.Inspection, choices: ViewChoices) -> str:
+    if inspection.gradients is None:
+        return (
+            "Next: save gradients before they are clipped, one file per step, and run "
+            "gradscope simulate DIRECTORY --max-norm 0.5"
+        )
+    path = "" if choices.opening else f"{shlex.quote(inspection.source.path)} "
+    return f"Next: gradscope simulate {path}--max-norm 0.5"
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _gradient_blocks(gradients: results.GradientSummary, choices: ViewChoices) -> Iterator[Block]:
+    yield from nonfinite_sentences(gradients.nonfinite)
+    if gradients.at is not None:
+        yield _step_table(gradients.at)
+    if len(gradients.groups) > 1 and choices.by != "group":
+        yield _gradient_table(gradients, gradient_rows(gradients, "group"), None, "clip group")
+    rows = ordered(gradient_rows(gradients, choices.by), choices.sort)
+    shown, rest = shown_and_folded(rows, choices.top, choices.by)
+    yield _gradient_table(gradients, shown, rest, _heading(choices.by))
+
+
+def _heading(by: By) -> str:
+    return "clip group" if by == "group" else by
+
+
+def _gradient_table(
+    gradients: results.GradientSummary, rows: Sequence[NormRow], rest: NormRow | None, what: str
+) -> Table:
+    total = gradients.global_
+    several = total.l2_norm.min != total.l2_norm.max
+    whole = NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2number)
+    return norm_table(gradient_fields(what, rows, several), rows, rest, whole)
+
+
+def _step_table(steps: Sequence[results.StepRow]) -> Table:
+    largest = max((step.l2_norm for step in steps if math.isfinite(step.l2number)), default=0.0)
+    columns = (
+        Column("step", "left"),
+        Column("norm"),
+        Column("max |g|"),
+        Column("zeros", spare=1),
+        Column("NaN/Inf"),
+        Column("file", "left", spare=2),
+    )
+    rows = [
+        Row(
+            (
+                count(step.step),
+                number(step.l2_norm),
+                number(step.max_abs),
+                count(step.zeros),
+                count(step.nonfinite) if step.nonfinite else "",
+                step.label,
+            ),
+            bar=step.l2_norm / largest if largest > 0 and math.isfinite(step.l2number) else None,
+            tone="alarm" if step.nonfinite else "strong" if step is steps[-1] else "plain",
+        )
+        for step in steps
+    ]
+    return Table(columns, tuple(rows))
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def _optimizer_blocks(inspection: results.Inspection, choices: ViewChoices) -> Iterator[Block]:
+    optimizers = inspection.optimizers
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.groups]
+    if len(groups) > 1 and any(group.recent_norm is not None for _, group in groups):
+        yield _clip_group_table(groups, several=len(optimizers) > 1)
+    for optimizer in optimizers:
+        said = " ".join(inspection.findings)
+        yield from (Sentence(f"{q}.", tone="quiet") for q in optimizer.qualifications if q not in said)
+        yield from _optimizer_table(optimizer, choices, titled=len(optimizers) > 1)
+
+
+def _clip_group_table(groups: Sequence[tuple[results.OptimizerReport, results.OptimizerGroup]], several: bool) -> Table:
+    columns = (
+        Column("clip group", "left"),
+        Column("max_norm"),
+        Column("recent norm"),
+        Column("clipped at most"),
+        Column("at limit at least", spare=1),
+        Column("mean norm", spare=3),
+        Column("consistency", spare=2),
+    )
+    rows = [
+        Row(
+            (
+                f"{optimizer.name}: {group.name}" if several else group.name,
+                known(group.max_norm, setting),
+                known(group.recent_norm, number),
+                known(group.clipped_share_at_most, share),
+                known((group.at_limit_share_at_least or {}).get("0.99"), share),
+                known(group.mean_norm, number),
+                known(group.consistency, share),
+            )
+        )
+        for optimizer, group in groups
+    ]
+    return Table(columns, tuple(rows))
+
+
+def _optimizer_table(optimizer: results.OptimizerReport, choices: ViewChoices, titled: bool) -> Iterator[Block]:
+    rows = ordered(optimizer_rows(optimizer, choices.by), choices.sort)
+    if not rows:
+        yield from [Sentence(f"{_windows(optimizer)}.")] if _windows(optimizer) else []
+        return
+    shown, rest = shown_and_folded(rows, choices.top, choices.by)
+    whole = NormRow(
+        "all", optimizer.recent_norm, None, mean_norm=optimizer.mean_norm, consistency=optimizer.consistency
+    )
+    fields = optimizer_fields(_heading(choices.by), rows)
+    title = f"{optimizer.name}: {_optimizer_words(optimizer)}" if titled else ""
+    yield norm_table(fields, shown, rest, whole, title=title, caption=_windows(optimizer))
+
+
+def _windows(optimizer: results.OptimizerReport) -> str:
+    """What the two norms are averages of, so that nobody compares them unawares."""
+    parts = []
+    if optimizer.window is not None:
+        parts.append(f"recent norm: root mean square over the last ~{count(optimizer.window)} updates")
+    if optimizer.mean_norm is not None and optimizer.mean_window is not None:
+        mean = f"norm of the mean gradient over ~{count(optimizer.mean_window)}: {number(optimizer.meannumber)}"
+        consistency = "" if optimizer.consistency is None else f" (consistency {percent(optimizer.consistency)})"
+        parts.append(mean + consistency)
+    if optimizer.momentum_norm is not None:
+        parts.append(f"momentum buffer: {number(optimizer.momentumnumber)}")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _weights_table(weights: results.WeightSummary, choices: ViewChoices) -> Table:
+    rows = ordered(weight_rows(weights, choices.by), choices.sort)
+    shown, rest = shown_and_folded(rows, choices.top, choices.by)
+    whole = NormRow("all weights", weights.global_.l2_norm, None, weights.global_.numel)
+    return norm_table(weight_fields(_heading(choices.by), shown), shown, rest, whole)

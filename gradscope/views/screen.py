@@ -1,0 +1,72 @@
+"""What a reader is shown of a result: an opening line, sentences, tables, closing lines; no layout yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Tone = Literal["plain", "strong", "quiet", "alarm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column.  Where room is short, columns with the highest ``spare`` go first; those with 0 stay."""
+
+    title: str
+    align: Literal["left", "right"] = "right"
+    spare: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: a text per column; ``bar`` is the length of its bar, 0 to 1."""
+
+    cells: tuple[str, ...]
+    bar: float | None = None
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose first column holds names, which may be shortened; nothing else ever is."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts over bins whose ``edges`` ascend; ``marks`` are named values to point at."""
+
+    title: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    marks: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A line of prose; findings carry a ``▸``."""
+
+    text: str
+    finding: bool = False
+    tone: Tone = "plain"
+
+
+Block = Sentence | Table | Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Blocks in reading order; consecutive sentences belong together."""
+
+    blocks: tuple[Block, ...]
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: names come from files that others made, and terminals obey escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\u00a0" else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,191 @@
+"""A screen as text for a terminal: prose wrapped, tables fitted to the width, styles as ANSI or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.cells import cell_len, chop_cells
+
+from gradscope.views.choices import ViewChoices
+from gradscope.views.histogram import histogram_lines
+from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table, Tone, printable
+
+# A styled stretch of a line, and a line.
+Stretch = tuple[str, str]
+Line = list[Stretch]
+
+MARGIN = "  "
+GAP = 2
+NARROWEST_NAME = 10
+COMFORTABLE_NAME = 34
+NARROWEST_BAR = 6
+WIDEST_BAR = 20
+# Prose wider than this is tiring to read.
+WIDEST_PROSE = 100
+_STYLES: dict[Tone, str] = {"plain": "", "strong": "bold", "quiet": "dim", "alarm": "red"}
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_ASCII = {
+    "▸": ">", "…": "~", "–": "-", "—": "-", "−": "-", "×": "x", "°": " deg", "≤": "<=", "≥": ">=", "·": "|",
+    "±": "+/-", "→": "->", "₂": "2", "\u00a0": " ", "‖": "||", "’": "'", "“": '"', "”": '"',
+}  # fmt: skip
+
+
+def terminal_text(screen: Screen, choices: ViewChoices) -> str:
+    """``screen`` laid out in ``choices.width`` cells, ending in a newline."""
+    lines = list(_lines(screen, choices))
+    if not choices.colour:
+        return "".join("".join(text for text, _ in line).rstrip() + "\n" for line in lines)
+    return _with_ansi(lines, choices.width)
+
+
+def _with_ansi(lines: Iterable[Line], width: int) -> str:
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.text import Text
+
+    out = StringIO()
+    console = Console(
+        file=out, force_terminal=True, color_system="standard", width=width, no_color=False, legacy_windows=False
+    )
+    for line in lines:
+        console.print(Text.assemble(*line), soft_wrap=True, highlight=False)
+    return out.getvalue()
+
+
+def _lines(screen: Screen, choices: ViewChoices) -> Iterator[Line]:
+    before: Block | None = None
+    for block in screen.blocks:
+        if before is not None and not _belong_together(before, block):
+            yield []
+        if isinstance(block, Sentence):
+            yield from _sentence(block, choices)
+        elif isinstance(block, Table):
+            yield from _table(block, choices)
+        else:
+            yield from histogram_lines(block, choices)
+        before = block
+
+
+def _belong_together(before: Block, block: Block) -> bool:
+    if not (isinstance(before, Sentence) and isinstance(block, Sentence)):
+        return False
+    return (before.finding, before.tone) == (block.finding, block.tone)
+
+
+def spelled(text: str, choices: ViewChoices) -> str:
+    """``text`` in characters that the output can carry."""
+    text = printable(text)
+    if choices.unicode or text.isascii():
+        return text
+    return "".join(c if c.isascii() else _ASCII.get(c) or ascii(c)[1:-1] for c in text)
+
+
+# --- prose -----------------------------------------------------------------------------------------------------------
+
+
+def _sentence(sentence: Sentence, choices: ViewChoices) -> Iterator[Line]:
+    width = min(choices.width, WIDEST_PROSE)
+    style = _STYLES[sentence.tone]
+    text = spelled(sentence.text, choices)
+    if not sentence.finding:
+        yield from ([(line, style)] for line in wrapped(text, width))
+        return
+    first, *others = wrapped(text, width - GAP)
+    yield [(spelled("▸", choices), "cyan"), (" " + first, style)]
+    yield from ([(MARGIN + line, style)] for line in others)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` cells; only a word longer than a line is cut, and ``79 %`` stays whole."""
+    lines = []
+    line = ""
+    for word in text.replace(" %", "\u00a0%").split(" "):
+        candidate = f"{line} {word}" if line else word
+        if cell_len(candidate) > width:
+            if line:
+                lines.append(line)
+            *whole, candidate = chop_cells(word, width)
+            lines += whole
+        line = candidate
+    return [line.replace("\u00a0%", " %") for line in [*lines, line]]
+
+
+def shortened(name: str, width: int, ellipsis: str = "…") -> str:
+    """``name`` in at most ``width`` cells, its middle left out: both ends of a parameter's name tell."""
+    if cell_len(name) <= width:
+        return name
+    head, tail = "", ""
+    for front, back in zip(name, reversed(name), strict=True):
+        if cell_len(head + front + ellipsis + tail) > width:
+            break
+        head += front
+        if cell_len(head + ellipsis + back + tail) > width:
+            break
+        tail = back + tail
+    return head + ellipsis + tail
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _table(table: Table, choices: ViewChoices) -> Iterator[Line]:
+    columns = [Column(spelled(c.title, choices), c.align, c.spare) for c in table.columns]
+    rows = [Row(tuple(spelled(cell, choices) for cell in row.cells), row.bar, row.tone) for row in table.rows]
+    kept, widths, bar = _fitted(columns, rows, choices.width)
+    if table.title:
+        yield from ([(line, "bold")] for line in wrapped(spelled(table.title, choices), choices.width))
+        yield []
+    heads = Row(tuple(column.title for column in columns), tone="quiet")
+    for row in [heads, *rows]:
+        yield _table_line(row, columns, kept, widths, bar, choices)
+    for line in wrapped(spelled(table.caption, choices), choices.width - GAP) if table.caption else []:
+        yield [(MARGIN + line, "dim")]
+
+
+def _fitted(columns: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[int], list[int], int]:
+    """The columns that fit, their widths, and what is left for the bar (0: no bar)."""
+    natural = [
+        max([cell_len(column.title), *(cell_len(row.cells[i]) for row in rows)]) for i, column in enumerate(columns)
+    ]
+    kept = list(range(len(columns)))
+    has_bar = any(row.bar is not None for row in rows)
+    wanted_bar = GAP + NARROWEST_BAR if has_bar else 0
+
+    def room() -> int:
+        """What the name column may take."""
+        return width - len(MARGIN) - sum(GAP + natural[i] for i in kept[1:])
+
+    while room() < min(natural[0], COMFORTABLE_NAME) + wanted_bar:
+        spare = max((columns[i].spare, i) for i in kept)
+        if spare[0] == 0:
+            break
+        kept.remove(spare[1])
+    if room() - wanted_bar < min(natural[0], NARROWEST_NAME):
+        wanted_bar = 0
+    name = max(1, min(natural[0], room() - wanted_bar))
+    bar = min(WIDEST_BAR, room() - name - GAP) if wanted_bar else 0
+    return kept, [name, *(natural[i] for i in kept[1:])], bar
+
+
+def _table_line(
+    row: Row, columns: Sequence[Column], kept: Sequence[int], widths: Sequence[int], bar: int, choices: ViewChoices
+) -> Line:
+    texts = []
+    for i, width in zip(kept, widths, strict=True):
+        cell = shortened(row.cells[i], width, spelled("…", choices)) if i == 0 else row.cells[i]
+        padding = " " * (width - cell_len(cell))
+        texts.append(cell + padding if columns[i].align == "left" else padding + cell)
+    line: Line = [(MARGIN + (" " * GAP).join(texts), _STYLES[row.tone])]
+    if bar and row.bar is not None:
+        line += [(" " * GAP, ""), (bar_text(row.bar, bar, choices.unicode), "cyan")]
+    return line
+
+
+def bar_text(value: float, width: int, unicode: bool = True) -> str:
+    """A bar ``value`` (0 to 1) of ``width`` cells long, in eighths of a cell where the output can show them."""
+    value = min(1.0, max(0.0, value)) if value == value else 0.0
+    if not unicode:
+        return "#" * round(value * width)
+    whole, eighths = divmod(round(value * width * 8), 8)
+    return "█" * whole + _EIGHTHS[eighths].strip()
