@@ -1,0 +1,20 @@
+from typing_extensions import Buffer
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Scanner:
+    dtype: str
+    def __init__(self, dtype: str) -> None: ...
+    def feed(self, buffer: Buffer) -> None: ...
+    def feed_file(self, fd: int, offset: int, nbytes: int) -> None: ...
+    def take(self) -> tuple[bytes, float, float, int, int, int, int]: ...
+
+def clip_sums(
+    lower: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    count: NDArray[np.int64],
+    sum_abs: NDArray[np.float64],
+    squares: NDArray[np.float64] | None,
+    v: float,
+) -> tuple[int, float, float, float, tuple[float, float, float], tuple[float, float, float]]: ...
