@@ -25,7 +25,9 @@ class Spread:
         series = np.asarray(values, dtype=np.float64).ravel()
         if series.size == 0:
             return cls.constant(float("nan"))
-        p50, p95, p99 = np.percentile(series, [50, 95, 99])
+        # Between infinities there is nothing to interpolate.
+        method = "linear" if np.isfinite(series).all() else "nearest"
+        p50, p95, p99 = np.percentile(series, [50, 95, 99], method=method)
         return cls(
             min=float(series.min()),
             p50=float(p50),
