@@ -54,7 +54,7 @@ class GradientEnergy:
     qualifications: tuple[str, ...] = ()
 
 
-class _Untold(Exception):
+class _UntoldError(Exception):
     """The state lacks what a formula needs."""
 
 
@@ -71,7 +71,7 @@ def gradient_energy(optimizer: str, parameter: ParameterState, group: Mapping[st
         return GradientEnergy(unavailable=NO_STEP)
     try:
         return rule(optimizer, parameter, group)
-    except _Untold as untold:
+    except _UntoldError as untold:
         return GradientEnergy(unavailable=str(untold))
 
 
@@ -149,7 +149,7 @@ def _rmsprop(optimizer: str, parameter: ParameterState, group: Mapping[str, Any]
     energy = (square.spectrum.sum_abs_total - left_of_start) / average.weight
     rounding = left_of_start / average.weight * _rounding(square, parameter.step)
     if energy < rounding:
-        raise _Untold("square_avg still consists of its starting value, ones: too few steps were taken")
+        raise _UntoldError("square_avg still consists of its starting value, ones: too few steps were taken")
     said = _qualifications(optimizer, parameter, group, square)
     if rounding > TOLERATED_ROUNDING * energy:
         said += ("square_avg started at ones and still holds much of them, so the norms are rough",)
@@ -173,7 +173,7 @@ def _adagrad(optimizer: str, parameter: ParameterState, group: Mapping[str, Any]
     steps = _steps(parameter)
     start = _number(group, "initial_accumulator_value", default=0.0)
     if steps is None:
-        raise _Untold("the number of steps behind Adagrad's sum is not stored")
+        raise _UntoldError("the number of steps behind Adagrad's sum is not stored")
     energy = (total.spectrum.sum_abs_total - start * math.prod(total.shape)) / steps
     return GradientEnergy(
         recent=max(energy, 0.0),
@@ -191,11 +191,11 @@ def _adafactor(optimizer: str, parameter: ParameterState, group: Mapping[str, An
     """
     steps = _steps(parameter)
     if steps is None:
-        raise _Untold("the number of steps behind Adafactor's averages is not stored")
+        raise _UntoldError("the number of steps behind Adafactor's averages is not stored")
     key = "beta2_decay" if "beta2_decay" in group else "decay_rate"
     exponent = _number(group, key, default=-0.8)
     if not -1.0 <= exponent <= 0.0:
-        raise _Untold(f"its {key} is not a number from -1 to 0")
+        raise _UntoldError(f"its {key} is not a number from -1 to 0")
     rows = parameter.moments.get("row_var") or parameter.moments.get("exp_avg_sq_row")
     if rows is not None:
         columns = _moment(parameter, "col_var" if "row_var" in parameter.moments else "exp_avg_sq_col").shape
@@ -243,13 +243,13 @@ _RULES: dict[str, Callable[[str, ParameterState, Mapping[str, Any]], GradientEne
 def _moment(parameter: ParameterState, key: str) -> StoredMoment:
     moment = parameter.moments.get(key)
     if moment is None:
-        raise _Untold(f"its state holds no {key}")
+        raise _UntoldError(f"its state holds no {key}")
     return _finite(moment, key)
 
 
 def _finite(moment: StoredMoment, key: str) -> StoredMoment:
     if moment.spectrum.nonfinite:
-        raise _Untold(f"{key} holds {moment.spectrum.nonfinite:,} NaN or infinite elements")
+        raise _UntoldError(f"{key} holds {moment.spectrum.nonfinite:,} NaN or infinite elements")
     return moment
 
 
@@ -257,14 +257,14 @@ def _steps(parameter: ParameterState) -> float | None:
     if parameter.step is None:
         return None
     if not (math.isfinite(parameter.step) and parameter.step >= 1):
-        raise _Untold(NO_STEP)
+        raise _UntoldError(NO_STEP)
     return parameter.step
 
 
 def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) < 2:
-        raise _Untold("its betas are not stored")
+        raise _UntoldError("its betas are not stored")
     return _decay_rate(betas[0], "betas"), _decay_rate(betas[1], "betas")
 
 
@@ -274,14 +274,14 @@ def _decay(group: Mapping[str, Any], key: str) -> float:
 
 def _decay_rate(value: object, key: str) -> float:
     if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise _Untold(f"its {key} are not stored as numbers from 0 to 1")
+        raise _UntoldError(f"its {key} are not stored as numbers from 0 to 1")
     return float(value)
 
 
 def _number(group: Mapping[str, Any], key: str, default: float) -> float:
     value = group.get(key, default)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _Untold(f"its {key} is not stored as a number")
+        raise _UntoldError(f"its {key} is not stored as a number")
     return float(value)
 
 

@@ -1,0 +1,160 @@
+"""rsl_rl checkpoints: ``model_*.pt`` of Isaac Lab and legged_gym, with ``params/agent.yaml`` beside them.
+
+Up to 3.x one ``model_state_dict`` holds the whole policy, which one ``clip_grad_norm_`` covers; since 4.0 actor and
+critic have a state dict and a clip each, under one optimizer (``algorithms/ppo.py``, ``save`` and ``update``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gradscope.errors import GradscopeError
+from gradscope.gradients import ClipGroup, GradientSource, SourceInfo
+from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, model_parameters
+from gradscope.sources.checkpoints.parameter_names import InOrder, with_prefix
+from gradscope.sources.checkpoints.scalars import mapping_of
+from gradscope.sources.checkpoints.stored_optimizer import (
+    StoredOptimizer,
+    is_optimizer_state,
+    stored_optimizer,
+    whole_clip_group,
+)
+from gradscope.sources.file_region import FileRegion
+from gradscope.sources.tree import Tree, named_leaves
+
+MAX_YAML_BYTES = 1 << 20
+_MODELS = ("model", "actor", "critic", "student", "teacher", "rnd")
+_RUN_FILE = re.compile(r"model_(\d+)\.pt")
+
+
+def recognise(path: Path, tree: Tree) -> GradientSource | None:
+    """The rsl_rl checkpoint in ``tree``; None if it is none."""
+    content = mapping_of(tree)
+    if content is None or not {"optimizer_state_dict", "iter", "infos"} <= content.keys():
+        return None
+    models = {name: state for name in _MODELS if (state := mapping_of(content.get(f"{name}_state_dict"))) is not None}
+    if not models or not is_optimizer_state(content["optimizer_state_dict"]):
+        return None
+    model = _parameters(models, str(path))
+    max_norm, notes = _max_norm(path)
+    optimizers = [_policy_optimizer(str(path), content["optimizer_state_dict"], models, model, max_norm)]
+    if is_optimizer_state(content.get("rnd_optimizer_state_dict")):
+        optimizers.append(_rnd_optimizer(str(path), content["rnd_optimizer_state_dict"], model))
+    return CheckpointSource(
+        info=SourceInfo(str(path), "checkpoint", f"rsl_rl {_algorithm(models, model)}", 0),
+        skipped=model.skipped,
+        notes=notes,
+        model=model.tensors,
+        stored_optimizers=tuple(optimizers),
+    )
+
+
+def newest_in_run(directory: Path) -> Path | None:
+    """The ``model_*.pt`` of a run's directory with the highest number; None if there is none."""
+    numbered = [(int(match[1]), path) for path in directory.iterdir() if (match := _RUN_FILE.fullmatch(path.name))]
+    return max(numbered)[1] if numbered else None
+
+
+def _parameters(models: Mapping[str, Mapping[Any, Any]], what: str) -> ModelParameters:
+    """All models' parameters under one set of names; up to 3.x the policy's own names already tell its parts."""
+    return model_parameters(
+        (name if model == "model" else f"{model}.{name}", leaf)
+        for model, state in models.items()
+        for name, leaf in named_leaves(state, what)
+    )
+
+
+def _algorithm(models: Mapping[str, Any], model: ModelParameters) -> str:
+    students = "student" in models or any(info.name.startswith("student.") for info in model.infos)
+    return "Distillation" if students else "PPO"
+
+
+def _policy_optimizer(
+    what: str, state: Tree, models: Mapping[str, Any], model: ModelParameters, max_norm: float | None
+) -> StoredOptimizer:
+    if "student" in models or _algorithm(models, model) == "Distillation":
+        optimizer = stored_optimizer("optimizer", state, InOrder(with_prefix(model.infos, "student.")), what)
+        return replace(optimizer, clip_groups=whole_clip_group(optimizer, "student", max_norm))
+    trained = [info for info in model.infos if not info.name.startswith(("rnd.", "teacher."))]
+    optimizer = stored_optimizer("optimizer", state, InOrder(trained), what)
+    if "model" in models:
+        return replace(optimizer, clip_groups=whole_clip_group(optimizer, "policy", max_norm))
+    return replace(optimizer, clip_groups=_actor_and_critic(optimizer.names, model, max_norm))
+
+
+def _actor_and_critic(names: Sequence[str], model: ModelParameters, max_norm: float | None) -> tuple[ClipGroup, ...]:
+    """The two clips since 4.0.  An encoder that both networks hold is in both of them."""
+    groups = []
+    for part in ("actor", "critic"):
+        shared = {kept for alias, kept in model.alias_of.items() if alias.startswith(f"{part}.")}
+        members = tuple(name for name in names if name.startswith(f"{part}.") or name in shared)
+        groups.append(ClipGroup(part, members, max_norm))
+    # Without names it cannot be told which state is whose.
+    return tuple(groups) if all(group.tensors for group in groups) else ()
+
+
+def _rnd_optimizer(what: str, state: Tree, model: ModelParameters) -> StoredOptimizer:
+    """Random network distillation: rsl_rl steps its own optimizer without a clip."""
+    rnd = with_prefix(model.infos, "rnd.")
+    optimizer = stored_optimizer("rnd_optimizer", state, InOrder(rnd, [with_prefix(rnd, "rnd.predictor.")]), what)
+    return replace(optimizer, clip_groups=whole_clip_group(optimizer, "rnd", None))
+
+
+# --- params/agent.yaml -----------------------------------------------------------------------------------------------
+
+
+def _max_norm(checkpoint: Path) -> tuple[float | None, tuple[str, ...]]:
+    """``algorithm.max_grad_norm`` of the run that ``checkpoint`` lies in, or a note that says why it is unknown."""
+    path = checkpoint.parent / "params" / "agent.yaml"
+    if not path.is_file():
+        return None, ("There is no params/agent.yaml beside it, so max_norm is unknown (rsl_rl's default is 1.0).",)
+    try:
+        value = max_grad_norm_in(path)
+    except ImportError:
+        return None, ("params/agent.yaml holds max_norm but needs PyYAML to be read: pip install 'gradscope[yaml]'.",)
+    except GradscopeError as error:
+        return None, (f"max_norm is unknown: {error.what}: {error.why}.",)
+    if value is None:
+        return None, ("params/agent.yaml names no max_grad_norm.",)
+    return value, ()
+
+
+def max_grad_norm_in(path: Path) -> float | None:
+    """``algorithm.max_grad_norm`` in an ``agent.yaml``; None if it is absent or no positive number.
+
+    The file is only parsed, never constructed: Isaac Lab's hold Python tags, which stay text.
+
+    Raises:
+        GradscopeError: it is too large, or no YAML.
+        ImportError: PyYAML is missing.
+    """
+    import yaml
+
+    region = FileRegion.whole(path)
+    if region.size > MAX_YAML_BYTES:
+        raise GradscopeError(str(path), f"is too large for a run's settings ({region.size:,} bytes)")
+    try:
+        root = yaml.compose(region.read(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, UnicodeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GradscopeError(str(path), f"is no YAML ({reason})") from None
+    value = _entry(_entry(root, "algorithm"), "max_grad_norm")
+    try:
+        number = float(value.value) if isinstance(value, yaml.ScalarNode) else math.nan
+    except ValueError:
+        return None
+    return number if 0.0 < number < math.inf else None
+
+
+def _entry(node: Any, key: str) -> Any:
+    """The value of ``key`` in a YAML mapping node; None if there is none."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    return next((value for name, value in node.value if name.value == key), None)

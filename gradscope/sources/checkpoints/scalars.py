@@ -1,0 +1,71 @@
+"""Numbers and mappings out of a checkpoint's tree, whatever they are wrapped in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gradscope.sources.checkpoints.parameter_names import is_float
+from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor, read
+from gradscope.sources.tree import Opaque, Tree
+
+
+def mapping_of(node: Tree) -> Mapping[Any, Any] | None:
+    """``node`` as a mapping, if it is one or a subclass of dict."""
+    if isinstance(node, Opaque):
+        return node.mapping
+    return node if isinstance(node, Mapping) else None
+
+
+def attributes_of(node: Tree) -> Mapping[Any, Any]:
+    """The attributes of an object of an unknown class; a mapping's items."""
+    if isinstance(node, Opaque) and isinstance(node.state, Mapping):
+        return node.state
+    return mapping_of(node) or {}
+
+
+def number_of(value: Tree) -> float | None:
+    """``value`` as a float, if it is a finite number or a tensor of one; None for everything else."""
+    if isinstance(value, FileTensor | MemoryTensor | StreamTensor):
+        value = _only_element(value)
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _only_element(tensor: FileTensor | MemoryTensor | StreamTensor) -> float | None:
+    if tensor.info.numel != 1:
+        return None
+    if is_float(tensor.info):
+        return read(tensor).item()
+    # Counters are integers in some optimizers; read() knows floats only, so their bits pass through it as such.
+    same_width = {"int64": "float64", "int32": "float32"}.get(tensor.info.dtype)
+    if same_width is None:
+        return None
+    bits = tensor.array if isinstance(tensor, MemoryTensor) else read(_relabelled(tensor, same_width))
+    return float(bits.view(tensor.info.dtype).item())
+
+
+def _relabelled(tensor: FileTensor | StreamTensor, dtype: str) -> FileTensor | StreamTensor:
+    return replace(tensor, info=replace(tensor.info, dtype=dtype))
+
+
+def hyper_parameters(group: Mapping[Any, Any]) -> dict[str, Any]:
+    """The plain values of a parameter group: numbers, strings, bools, None and tuples of them."""
+    plain: dict[str, Any] = {}
+    for key, value in group.items():
+        if not isinstance(key, str) or key in ("params", "param_names"):
+            continue
+        if isinstance(value, bool | str) or value is None:
+            plain[key] = value
+        elif isinstance(value, list | tuple) and len(value) <= 16:
+            plain[key] = tuple(number_of(item) for item in value)
+        elif (number := number_of(value)) is not None:
+            plain[key] = number
+    return plain
