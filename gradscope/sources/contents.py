@@ -1,0 +1,129 @@
+"""What is in one file, told by its content and not by its name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradscope.errors import GradscopeError
+from gradscope.sources.file_region import FileRegion
+from gradscope.sources.known_constructors import plain_constructors
+from gradscope.sources.norm_logs import refuse_norm_log
+from gradscope.sources.numpy_files import NPY_MAGIC, is_npz, read_npy, read_npz
+from gradscope.sources.pickles import read_pickle
+from gradscope.sources.safetensors_files import (
+    looks_like_safetensors,
+    merge_shards,
+    parse_json,
+    read_safetensors,
+    shards_of_index,
+)
+from gradscope.sources.torch_files import (
+    LEGACY_MAGIC,
+    is_script,
+    is_torch_archive,
+    read_legacy_torch,
+    read_torch_archive,
+)
+from gradscope.sources.tree import Tree
+from gradscope.sources.zip_members import ZIP_MAGIC, ZipMembers
+
+HEAD_BYTES = 4096
+MAX_TEXT_MEMBER = 64 << 20
+EMPTY_ZIP_MAGIC = b"PK\x05\x06"
+TENSOR_SUFFIXES = (".pth", ".pt", ".npz", ".npy", ".safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A file's tree, and the name of its format for people; ``weights`` where the format holds nothing else."""
+
+    tree: Tree
+    format: str
+    weights: bool = False
+
+
+def read_contents(path: Path) -> Contents:
+    """What the file at ``path`` holds, with its tensors left where they are.
+
+    An ``*.index.json`` gives the tensors of all its shards; a zip file of SB3's the tree of each member by name.
+
+    Raises:
+        GradscopeError: the file is missing, no regular file, empty, damaged, or of no known format.
+    """
+    if path.name.endswith(".index.json"):
+        return _read_sharded(path)
+    region = FileRegion.whole(path)
+    if region.size == 0:
+        raise GradscopeError(str(path), "is empty")
+    contents = _read_region(region, str(path))
+    if contents is not None:
+        return contents
+    refuse_norm_log(region)
+    raise GradscopeError(
+        str(path),
+        "is in no format that gradscope reads",
+        "it reads safetensors, PyTorch .pt/.pth/.ckpt, .npz, .npy and SB3 .zip files",
+    )
+
+
+def _read_sharded(index: Path) -> Contents:
+    shards = [(path, read_contents(path)) for path in shards_of_index(index)]
+    for path, contents in shards:
+        if not isinstance(contents.tree, dict):
+            raise GradscopeError(str(path), "is no mapping of tensors, as a shard should be")
+    return Contents(merge_shards((path, contents.tree) for path, contents in shards), f"sharded {shards[0][1].format}")
+
+
+def _read_region(region: FileRegion, what: str, nested: bool = False) -> Contents | None:
+    """What a file or, ``nested``, a member of a zip file holds; None if its format is not known."""
+    with region.open() as stream:
+        head = stream.read(HEAD_BYTES)
+    if head.startswith(ZIP_MAGIC) or head.startswith(EMPTY_ZIP_MAGIC):
+        return _read_zip(ZipMembers(region, what), nested)
+    if head.startswith(NPY_MAGIC):
+        return Contents(read_npy(region, what), "npy")
+    if head.startswith(LEGACY_MAGIC) or head[257:262] == b"ustar":
+        return Contents(read_legacy_torch(region, what), "legacy PyTorch")
+    if looks_like_safetensors(head, region.size):
+        return Contents(read_safetensors(region, what), "safetensors")
+    if re.match(rb"\x80[\x02-\x05]", head) or _is_text_pickle(head, region):
+        return Contents(read_pickle(region, what, plain_constructors(region)), "pickle")
+    return None
+
+
+def _is_text_pickle(head: bytes, region: FileRegion) -> bool:
+    """Protocols 0 and 1 have no magic number: they start by a mark, a name or an empty container, and end in a stop."""
+    if not re.match(rb"\(?(c[\w.]+\n[\w.]+\n|[dl]p\d+\n|[}\]](q.|\.)|i[\w.]+\n)", head, re.DOTALL):
+        return False
+    with region.open() as stream:
+        stream.seek(region.size - 1)
+        return stream.read() == b"."
+
+
+def _read_zip(members: ZipMembers, nested: bool) -> Contents:
+    if is_torch_archive(members):
+        script = is_script(members)
+        return Contents(read_torch_archive(members), "TorchScript" if script else "PyTorch", weights=script)
+    if is_npz(members):
+        return Contents(read_npz(members), "npz")
+    if nested or not any(name.endswith(TENSOR_SUFFIXES) for name in members.names):
+        raise GradscopeError(members.what, "is a zip file without tensors")
+    return Contents({name: _read_zip_member(members, name) for name in members.names}, "zip")
+
+
+def _read_zip_member(members: ZipMembers, name: str) -> Tree:
+    """One file of an SB3 archive: tensors, JSON, or text."""
+    what = f"{members.what}: {name}"
+    if members.size(name) == 0:
+        return None
+    if name.endswith(TENSOR_SUFFIXES):
+        contents = _read_region(members.inflated_region(name), what, nested=True)
+        if contents is None:
+            raise GradscopeError(what, "is in no format that gradscope reads")
+        return contents.tree
+    if members.size(name) > MAX_TEXT_MEMBER:
+        return None
+    text = members.read(name, MAX_TEXT_MEMBER)
+    return parse_json(text, what) if text[:1] == b"{" else text.decode("utf-8", "replace")

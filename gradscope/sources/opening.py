@@ -1,0 +1,171 @@
+"""From whatever a user names to a source: a path, a glob, a list of paths, tensors in memory, or a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from gradscope.errors import GradscopeError
+from gradscope.gradients import GradientSource
+from gradscope.sources import checkpoints
+from gradscope.sources.arrays import gradients_of_module, is_module, parameters_of_module, tree_of
+from gradscope.sources.contents import Contents, read_contents
+from gradscope.sources.dumps import DumpedStep, GradientDumps, dumped_step, load_files
+from gradscope.sources.file_region import unreadable
+from gradscope.sources.gradient_names import ALONE
+from gradscope.sources.norm_logs import refuse_log_directory
+from gradscope.sources.step_files import (
+    StepFile,
+    StepFiles,
+    has_model_config,
+    has_model_file,
+    is_glob,
+    paths_of_glob,
+    steps_of_directory,
+    steps_of_paths,
+    weights_of_directory,
+)
+from gradscope.sources.tree import Opaque
+
+As: TypeAlias = Literal["gradients", "weights"]
+IN_MEMORY = "memory"
+
+
+def open_source(source: Any, *, as_: As | str | None = None, weights: Any = None) -> GradientSource:
+    """The gradients, weights or optimizer states in ``source``, whose format is told by its content.
+
+    ``source`` is a path, a quoted glob, a list of paths (one step each), a ``GradientSource``, a mapping of names to
+    tensors (numpy, torch or JAX; nested mappings too), a list of such mappings (one step each), or a module with
+    ``named_parameters`` whose ``.grad`` are taken.  ``as_`` (``"gradients"`` or ``"weights"``) says what a bare mapping
+    of tensors is.  ``weights`` (like ``source``) supplies the parameters that go with gradient dumps.
+
+    Raises:
+        GradscopeError: it is missing, unreadable, damaged, of no known format, or holds no floating-point tensors.
+    """
+    if as_ not in (None, "gradients", "weights"):
+        raise GradscopeError(f"--as {as_}", "must be gradients or weights")
+    if isinstance(source, GradientSource):
+        return source
+    parameters = open_source(weights, as_="weights") if weights is not None else None
+    if isinstance(source, str | os.PathLike):
+        return _open_path(Path(source), as_, parameters)
+    if _is_list_of_paths(source):
+        paths = [Path(path) for path in source]
+        if len(paths) == 1:
+            return _open_path(paths[0], as_, parameters)
+        return _open_steps(steps_of_paths(paths), _common_path(paths), as_, parameters)
+    return _open_objects(source, as_, parameters)
+
+
+def _is_list_of_paths(source: object) -> bool:
+    return (
+        isinstance(source, list | tuple) and len(source) > 0 and all(isinstance(p, str | os.PathLike) for p in source)
+    )
+
+
+def _common_path(paths: Sequence[Path]) -> str:
+    return (
+        str(paths[0].parent) if len({path.parent for path in paths}) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    )
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _open_path(path: Path, as_: str | None, weights: GradientSource | None) -> GradientSource:
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        if not is_glob(str(path)):
+            raise unreadable(path, error) from None
+        paths = paths_of_glob(str(path))
+        if len(paths) > 1:
+            return _open_steps(steps_of_paths(paths), str(path), as_, weights)
+        path = paths[0]
+    if path.is_dir():
+        return _open_directory(path, as_, weights)
+    contents = read_contents(path)
+    recognised = checkpoints.recognise(path, contents.tree) if as_ != "gradients" else None
+    if recognised is not None:
+        return recognised
+    if as_ is None and (contents.weights or has_model_config(path.parent)):
+        as_ = "weights"
+    return _bare_tensors([dumped_step(StepFile(path.name, (path,)))], str(path), contents, as_, weights)
+
+
+def _open_directory(path: Path, as_: str | None, weights: GradientSource | None) -> GradientSource:
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise GradscopeError(str(path), "permission denied")
+    refuse_log_directory(path)
+    recognised = checkpoints.recognise_directory(path) if as_ != "gradients" else None
+    if recognised is not None:
+        return recognised
+    if as_ == "weights":
+        return _open_steps(StepFiles((weights_of_directory(path),)), str(path), as_, weights)
+    steps = steps_of_directory(path)
+    # Several files of tensors, none of them called a model, are steps even beside a config.json.
+    if as_ is None and has_model_config(path) and (len(steps.steps) == 1 or has_model_file(path)):
+        return _open_steps(StepFiles((weights_of_directory(path),)), str(path), "weights", weights)
+    return _open_steps(steps, str(path), as_, weights)
+
+
+def _open_steps(steps: StepFiles, path: str, as_: str | None, weights: GradientSource | None) -> GradientSource:
+    first = steps.steps[0]
+    contents = load_files(first.paths)
+    recognised = checkpoints.recognise(first.paths[0], contents.tree) if as_ != "gradients" else None
+    if recognised is not None and len(steps.steps) == 1:
+        return recognised
+    if recognised is not None:
+        raise GradscopeError(
+            path,
+            f"holds {len(steps.steps)} checkpoints ({recognised.info.format}), not gradient steps",
+            f"name one of them, such as {steps.steps[-1].paths[0]}",
+        )
+    notes = (f"Left out: {', '.join(steps.ignored[:4])}.",) if steps.ignored else ()
+    return _bare_tensors([dumped_step(step) for step in steps.steps], path, contents, as_, weights, notes)
+
+
+def _bare_tensors(
+    dumps: Sequence[DumpedStep],
+    path: str,
+    contents: Contents,
+    as_: str | None,
+    weights: GradientSource | None,
+    notes: tuple[str, ...] = (),
+) -> GradientSource:
+    if as_ != "weights":
+        return GradientDumps.of(dumps, path, contents, weights, notes)
+    if len(dumps) > 1:
+        raise GradscopeError(path, f"names {len(dumps)} files, of which one must be the weights", "name it alone")
+    tree = contents.tree if isinstance(contents.tree, dict | list | tuple | Opaque) else {ALONE: contents.tree}
+    source = checkpoints.weights_only(Path(path), tree, f"weights ({contents.format})")
+    if not source.model:
+        raise GradscopeError(path, "holds no floating-point tensors")
+    source.notes = notes
+    return source
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _open_objects(source: Any, as_: str | None, weights: GradientSource | None) -> GradientSource:
+    if is_module(source):
+        if as_ == "weights":
+            source = parameters_of_module(source)
+        else:
+            weights = weights or _open_objects(parameters_of_module(source), "weights", None)
+            source = gradients_of_module(source)
+    steps = list(source) if _is_list_of_steps(source) else [source]
+    loaded = [_objects_step(step, index) for index, step in enumerate(steps)]
+    return _bare_tensors(loaded, IN_MEMORY, loaded[0].load(), as_, weights)
+
+
+def _is_list_of_steps(source: object) -> bool:
+    return isinstance(source, list | tuple) and len(source) > 0 and all(isinstance(step, Mapping) for step in source)
+
+
+def _objects_step(step: Any, index: int) -> DumpedStep:
+    what = f"step {index}"
+    return DumpedStep(what, what, lambda: Contents(tree_of(step, what), "in memory"))
