@@ -59,9 +59,9 @@ def effective_sample_size(series: ArrayLike) -> float:
 
 
 def log_norms(norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Natural logarithms of ``norms`` ≥ 0; a zero counts as the smallest norm that is not."""
+    """Natural logarithms of ``norms`` ≥ 0; a zero counts as half the smallest norm that is not."""
     positive = norms[norms > 0.0]
-    floor = float(positive.min()) if len(positive) else 1.0
+    floor = float(positive.min()) / 2.0 if len(positive) else 1.0
     return np.log(np.maximum(norms, floor))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradscope.results import NormHistogram
 
 MOST_BINS = 24
-# Edges per decade, finest first: 10^(k/n) to three digits, to two (the E series of resistors are made so), then decades.
+# Edges per decade, finest first: 10^(k/n) to three digits, then to two (as in the E series of resistors).
 DENSITIES = (240.0, 120.0, 96.0, 48.0, 24.0, 12.0, 6.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 RUNGS = 13
 
@@ -37,7 +37,7 @@ def round_ladder(norms: NDArray[np.float64], given: Sequence[float]) -> list[flo
 
 def _edges(smallest: float, largest: float) -> list[float]:
     for density in DENSITIES:
-        if math.log10(largest / smallest) * density > MOST_BINS:
+        if (math.log10(largest) - math.log10(smallest)) * density > MOST_BINS:
             continue
         first = math.floor(math.log10(smallest) * density) - 1
         last = math.ceil(math.log10(largest) * density) + 1

@@ -161,7 +161,7 @@ class _Run:
     @property
     def largest_norms(self) -> FloatArray:
         """The norm of each finite step's largest clip group: what decides whether max_norm clips the step."""
-        return self.group_norms.max(axis=1)
+        return np.asarray(self.group_norms.max(axis=1))
 
     @property
     def recent(self) -> slice:
@@ -301,7 +301,7 @@ def _sweep(policies: Sequence[Policy], run: _Run, convention: Convention) -> tup
     rows = []
     for max_norm in round_ladder(run.largest_norms, given):
         factors = limit_norm(run.group_norms, max_norm, convention)
-        clipped = factors.triggered.any(axis=1)
+        clipped = np.asarray(factors.triggered.any(axis=1))
         scale = Moments(energies, factors.scale, np.zeros_like(energies)).merge(joint).mean
         rows.append(
             results.SweepRow(

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 
-from gradscope.clipping.layout import Level
 from gradscope.clipping.policy import Convention, Factors, FloatArray, IntArray, ScalePolicy, limit_norm
 
 ZCLIP_ALPHA = 0.97
@@ -29,14 +28,12 @@ class AutoClip(ScalePolicy):
     __slots__ = ()
 
     @property
-    def unit(self) -> Level:
-        return "group"
-
-    @property
     def threshold(self) -> None:
+        """None: the limit follows the run."""
         return None
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
+        """Clip by norm at the running percentile of each unit's norms."""
         limits = np.column_stack([running_percentile(series, self.arguments[0]) for series in norms.T])
         return limit_norm(norms, limits, convention)
 
@@ -75,14 +72,12 @@ class ZClip(ScalePolicy):
     __slots__ = ()
 
     @property
-    def unit(self) -> Level:
-        return "group"
-
-    @property
     def threshold(self) -> None:
+        """None: the limit follows the run."""
         return None
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
+        """Clip by norm at the limits that each unit's own moving mean and variance give."""
         z, alpha = (*self.arguments, ZCLIP_ALPHA)[:2]
         return limit_norm(norms, np.column_stack([_zclip_limits(series, z, alpha) for series in norms.T]), convention)
 
@@ -90,6 +85,8 @@ class ZClip(ScalePolicy):
 def _zclip_limits(series: FloatArray, z: float, alpha: float) -> FloatArray:
     """The norm to which each step is scaled; infinite after the warm-up where the step is left as it is."""
     limits = np.full_like(series, ZCLIP_MAX_NORM)
+    if len(series) <= ZCLIP_WARMUP:
+        return limits
     mean, variance = float(series[:ZCLIP_WARMUP].mean()), float(series[:ZCLIP_WARMUP].var())
     for t, norm in enumerate(series[ZCLIP_WARMUP:].tolist(), start=ZCLIP_WARMUP):
         deviation = math.sqrt(variance)
@@ -110,11 +107,8 @@ class Skip(ScalePolicy):
 
     __slots__ = ()
 
-    @property
-    def unit(self) -> Level:
-        return "group"
-
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
+        """1 or 0: a step counts for all units."""
         triggered = norms > self.arguments[0]
         dropped = triggered.any(axis=1, keepdims=True)
         return Factors(np.where(dropped, 0.0, np.ones_like(norms)), triggered)

@@ -30,6 +30,7 @@ class Series:
 
     @classmethod
     def of(cls, moments: Moments, triggered: BoolArray) -> Series:
+        """The series of sets with ``moments``."""
         return cls(triggered, moments.mean, moments.norm_ratio(), moments.direction_change_deg())
 
     @classmethod
@@ -66,6 +67,7 @@ class LayerTotals:
         self._clipped_elements += clipped_elements
 
     def means(self) -> LayerMeans:
+        """The means over those steps."""
         with np.errstate(invalid="ignore"):
             steps = np.float64(self._steps)
             return LayerMeans(
@@ -88,7 +90,7 @@ class LayerMeans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Effect:
-    """What a policy does to a run; ``angle_error`` is the largest half-width of a joint angle's interval, in degrees."""
+    """What a policy does to a run; ``angle_error`` is the largest half-width of a joint angle's interval (degrees)."""
 
     joint: Series
     groups: Series
@@ -97,7 +99,7 @@ class Effect:
 
 
 def effect_of_scaling(parts: Iterable[tuple[Moments, BoolArray]], layout: TensorLayout) -> Effect:
-    """The effect of scaled tensors: ``parts`` holds, for stretches of the run, moments and triggers [steps, tensors]."""
+    """The effect of scaled tensors: ``parts`` holds moments and triggers [steps, tensors] for stretches of the run."""
     joint, groups, layers = [], [], LayerTotals(len(layout.layers))
     for moments, triggered in parts:
         layers.add(Series.of(moments.merge(layout.layers), layout.layers.any(triggered)))

@@ -70,7 +70,7 @@ class TensorLayout:
 
     @classmethod
     def of(cls, tensors: Sequence[TensorInfo], groups: Sequence[ClipGroup]) -> TensorLayout:
-        """Layers in module order, groups in theirs; a tensor of several groups counts for the first, of none for "rest"."""
+        """Divide ``tensors``; one in several groups counts for the first of them, one in none for "rest"."""
         group_of = {name: group.name for group in reversed(groups) for name in group.tensors}
         spare = "rest" if groups else "all"
         names = [tensor.name for tensor in tensors]

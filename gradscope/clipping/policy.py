@@ -59,9 +59,9 @@ class ScalePolicy(Policy):
     __slots__ = ()
 
     @property
-    @abstractmethod
     def unit(self) -> Level:
-        """Over what one norm is taken."""
+        """Over what one norm is taken: a clip group, unless the policy says otherwise."""
+        return "group"
 
     @abstractmethod
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
@@ -89,9 +89,11 @@ def _scaled(
 class Replay(Protocol):
     """Sees the finite steps of a run, in time order, and sums up what the policy would have done."""
 
-    def see(self, step: GradientStep) -> None: ...
+    def see(self, step: GradientStep) -> None:
+        """Take in one step while it is in memory."""
 
-    def effect(self) -> Effect: ...
+    def effect(self) -> Effect:
+        """The effect on the steps seen so far."""
 
 
 class ElementPolicy(Policy):

@@ -27,14 +27,16 @@ class ClipByNorm(ScalePolicy):
 
     @property
     def unit(self) -> Level:
+        """What the policy's name says."""
         return _UNITS[self.name]
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
+        """min(1, υ/n), by ``convention``."""
         return limit_norm(norms, self.arguments[0], convention)
 
 
 class BlockRms(ScalePolicy):
-    """g ← g/max(1, rms(g)/r) for each tensor, rms(g) = ‖g‖/√numel (optax ``clip_by_block_rms``; Shazeer and Stern 2018).
+    """g ← g/max(1, rms(g)/r) with rms(g) = ‖g‖/√numel (Shazeer and Stern 2018; optax ``clip_by_block_rms``).
 
     It is no rule of PyTorch's, so the factor is exact by either convention.
     """
@@ -43,8 +45,10 @@ class BlockRms(ScalePolicy):
 
     @property
     def unit(self) -> Level:
+        """A block is a tensor."""
         return "tensor"
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
+        """min(1, r/rms)."""
         rms = norms / np.sqrt(np.maximum(numel, 1))
         return limit_norm(rms, self.arguments[0], "exact")

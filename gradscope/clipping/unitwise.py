@@ -28,14 +28,15 @@ class AdaptiveGradientClip(ElementPolicy):
     """For each unit u, if ‖g_u‖ > L = λ·max(‖w_u‖, eps) then g_u ← g_u·L/max(‖g_u‖, 1e-6).
 
     Source: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", ICML
-    2021; the arithmetic is optax's ``adaptive_grad_clip``.  A unit is one output: in PyTorch's layout a row of dimension
-    0 with all that follows it, in optax's, whose axes are transposed, everything but the last axis.  Like there, a tensor
-    with at most one dimension longer than 1 is a single unit.
+    2021; the arithmetic is optax's ``adaptive_grad_clip``.  A unit is one output: an index of dimension 0 in PyTorch's
+    layout, of the last axis in optax's, whose axes are transposed.  Like there, a tensor with at most one dimension
+    longer than 1 is a single unit.
     """
 
     __slots__ = ()
 
     def replay(self, source: GradientSource, layout: TensorLayout) -> _UnitwiseReplay:
+        """A replay that holds one limit per unit.  Raises GradscopeError for weights that are missing or differ."""
         weights = source.weights()
         if weights is None:
             raise GradscopeError(
@@ -108,7 +109,7 @@ def unit_energies(tensor: NDArray[np.floating]) -> FloatArray:
 
 
 def _clip_units(energies: FloatArray, limits: FloatArray) -> tuple[tuple[float, float, float], bool]:
-    """Energy of a tensor, mean and variance of its units' factors (weighted by energy), and whether any was triggered."""
+    """Energy of a tensor, mean and variance of its units' factors weighted by it, and whether any was triggered."""
     norms = np.sqrt(energies)
     factors = np.where(norms < limits, 1.0, limits / np.maximum(norms, SMALLEST_DIVISOR))
     total = float(energies.sum())

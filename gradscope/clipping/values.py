@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class ClipByValue(ElementPolicy):
     """Every element into [−v, v] (PyTorch ``clip_grad_value_``, optax ``clip``, Keras ``clipvalue``).
 
-    A step is triggered if any |g| > v.  The angle is that of cos θ = g·c/(‖g‖‖c‖), with the rigorous half-width that the
-    spectrum's bin around v leaves.
+    A step is triggered if any |g| > v.  The angle is that of cos θ = g·c/(‖g‖‖c‖), with the rigorous half-width that
+    the spectrum's bin around v leaves.
     """
 
     __slots__ = ()
 
     def replay(self, source: GradientSource, layout: TensorLayout) -> _ValueReplay:
+        """A replay that reads each step's spectra.  It raises GradscopeError at a step that has none."""
         return _ValueReplay(self.label, self.arguments[0], layout)
 
 
@@ -81,15 +82,7 @@ def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
 
 
 def _series(clips: list[ValueClip], triggered: BoolArray) -> tuple[Series, float]:
-    """One step's ``clips``, one per set, as a series of length 1, and the widest half-width of an angle.
-
-    A zero gradient keeps its factor and its direction.
-    """
-    rows: list[tuple[float, float, float, float]] = []
-    for clip in clips:
-        if clip.energy == 0.0:
-            rows.append((1.0, 1.0, 0.0, 0.0))
-        else:
-            rows.append((clip.scale(), clip.norm_ratio(), *clip.direction_change_deg()))
+    """One step's ``clips``, one per set, as a series of length 1, and the widest half-width of an angle."""
+    rows = [(clip.scale(), clip.norm_ratio(), *clip.direction_change_deg()) for clip in clips]
     columns: FloatArray = np.array(rows, dtype=np.float64).T[:, None, :]
     return Series(triggered, columns[0], columns[1], columns[2]), float(columns[3].max())
