@@ -42,7 +42,7 @@ class AdaptiveGradientClip(ElementPolicy):
             raise GradscopeError(
                 f"--policy {self.label}",
                 f"{source.info.path} holds gradients without the weights that agc compares them with",
-                "it needs a source that holds both, such as dumps of tensors with .grad",
+                "--weights FILE names a file with the parameters",
             )
         clipping, eps = (*self.arguments, AGC_EPS)[:2]
         limits = [clipping * np.maximum(norms, eps) for norms in self._weight_norms(source.tensors, weights)]
