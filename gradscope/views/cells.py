@@ -18,7 +18,7 @@ def share(value: float) -> str:
 
 def factor(value: float) -> str:
     """What a length is multiplied by: ``0.02×``, ``1.00×``."""
-    return f"{value:.2f}×" if value == 0 or value >= 0.01 else f"{number(value, 2)}×"
+    return f"{value:.2f}×" if value == 0 or 0.01 <= value < 10 else f"{number(value, 2)}×"
 
 
 def known(value: T | None, text: Callable[[T], str]) -> str:

@@ -97,12 +97,12 @@ def _gradient_table(
 ) -> Table:
     total = gradients.global_
     several = total.l2_norm.min != total.l2_norm.max
-    whole = NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2number)
+    whole = NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2_norm)
     return norm_table(gradient_fields(what, rows, several), rows, rest, whole)
 
 
 def _step_table(steps: Sequence[results.StepRow]) -> Table:
-    largest = max((step.l2_norm for step in steps if math.isfinite(step.l2number)), default=0.0)
+    largest = max((step.l2_norm for step in steps if math.isfinite(step.l2_norm)), default=0.0)
     columns = (
         Column("step", "left"),
         Column("norm"),
@@ -121,7 +121,7 @@ def _step_table(steps: Sequence[results.StepRow]) -> Table:
                 count(step.nonfinite) if step.nonfinite else "",
                 step.label,
             ),
-            bar=step.l2_norm / largest if largest > 0 and math.isfinite(step.l2number) else None,
+            bar=step.l2_norm / largest if largest > 0 and math.isfinite(step.l2_norm) else None,
             tone="alarm" if step.nonfinite else "strong" if step is steps[-1] else "plain",
         )
         for step in steps
@@ -190,11 +190,11 @@ def _windows(optimizer: results.OptimizerReport) -> str:
     if optimizer.window is not None:
         parts.append(f"recent norm: root mean square over the last ~{count(optimizer.window)} updates")
     if optimizer.mean_norm is not None and optimizer.mean_window is not None:
-        mean = f"norm of the mean gradient over ~{count(optimizer.mean_window)}: {number(optimizer.meannumber)}"
+        mean = f"norm of the mean gradient over ~{count(optimizer.mean_window)}: {number(optimizer.mean_norm)}"
         consistency = "" if optimizer.consistency is None else f" (consistency {percent(optimizer.consistency)})"
         parts.append(mean + consistency)
     if optimizer.momentum_norm is not None:
-        parts.append(f"momentum buffer: {number(optimizer.momentumnumber)}")
+        parts.append(f"momentum buffer: {number(optimizer.momentum_norm)}")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:]
 

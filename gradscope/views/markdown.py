@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gradscope.notation import count, number, percent
-from gradscope.views.screen import Block, Histogram, Screen, Sentence, Table, printable
+from gradscope.printable import printable
+from gradscope.views.screen import Block, Histogram, Screen, Sentence, Table
 from gradscope.views.terminal import bar_text
 
 _BAR_WIDTH = 20

@@ -63,10 +63,3 @@ class Screen:
     """Blocks in reading order; consecutive sentences belong together."""
 
     blocks: tuple[Block, ...]
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters: names come from files that others made, and terminals obey escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\u00a0" else ascii(c)[1:-1] for c in text)

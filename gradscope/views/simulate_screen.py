@@ -11,7 +11,7 @@ from gradscope.notation import count, number, percent, setting
 from gradscope.views.cells import factor, share
 from gradscope.views.choices import ViewChoices
 from gradscope.views.nonfinite_sentences import nonfinite_sentences
-from gradscope.views.policy_tables import factor, group_table, layer_table, phase_table, policy_table
+from gradscope.views.policy_tables import group_table, layer_table, phase_table, policy_table
 from gradscope.views.screen import Block, Column, Histogram, Row, Screen, Sentence, Table
 
 # Fewer norms than this are no distribution to look at.

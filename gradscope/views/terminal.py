@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.cells import cell_len, chop_cells
 
+from gradscope.printable import printable
 from gradscope.views.choices import ViewChoices
 from gradscope.views.histogram import histogram_lines
-from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table, Tone, printable
+from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table, Tone
 
 # A styled stretch of a line, and a line.
 Stretch = tuple[str, str]
@@ -19,6 +20,8 @@ GAP = 2
 NARROWEST_NAME = 10
 COMFORTABLE_NAME = 34
 NARROWEST_BAR = 6
+# Room that a column which may be spared leaves to the bar.
+COMFORTABLE_BAR = 14
 WIDEST_BAR = 20
 # Prose wider than this is tiring to read.
 WIDEST_PROSE = 100
@@ -150,21 +153,21 @@ def _fitted(columns: Sequence[Column], rows: Sequence[Row], width: int) -> tuple
     ]
     kept = list(range(len(columns)))
     has_bar = any(row.bar is not None for row in rows)
-    wanted_bar = GAP + NARROWEST_BAR if has_bar else 0
+    least_bar, good_bar = (GAP + NARROWEST_BAR, GAP + COMFORTABLE_BAR) if has_bar else (0, 0)
 
     def room() -> int:
         """What the name column may take."""
         return width - len(MARGIN) - sum(GAP + natural[i] for i in kept[1:])
 
-    while room() < min(natural[0], COMFORTABLE_NAME) + wanted_bar:
+    while room() < min(natural[0], COMFORTABLE_NAME) + good_bar:
         spare = max((columns[i].spare, i) for i in kept)
         if spare[0] == 0:
             break
         kept.remove(spare[1])
-    if room() - wanted_bar < min(natural[0], NARROWEST_NAME):
-        wanted_bar = 0
-    name = max(1, min(natural[0], room() - wanted_bar))
-    bar = min(WIDEST_BAR, room() - name - GAP) if wanted_bar else 0
+    if room() - least_bar < min(natural[0], NARROWEST_NAME):
+        least_bar = 0
+    name = max(1, min(natural[0], room() - least_bar))
+    bar = min(WIDEST_BAR, room() - name - GAP) if least_bar else 0
     return kept, [name, *(natural[i] for i in kept[1:])], bar
 
 

@@ -1,0 +1,50 @@
+"""Gradient diagnostics: norms, clip rates and direction changes of any gradient file or checkpoint.
+
+Importing gradscope loads nothing else: each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradscope.api import inspect, simulate
+    from gradscope.errors import GradscopeError
+    from gradscope.results import Inspection, Simulation
+    from gradscope.spread import Spread
+
+    __version__: str
+
+__all__ = ["GradscopeError", "Inspection", "Simulation", "Spread", "__version__", "inspect", "simulate"]
+
+_HOMES = {
+    "GradscopeError": "gradscope.errors",
+    "Inspection": "gradscope.results",
+    "Simulation": "gradscope.results",
+    "Spread": "gradscope.spread",
+    "inspect": "gradscope.api",
+    "simulate": "gradscope.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gradscope")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,33 @@
+"""The program ``gradscope``: run a command, end with the right line and exit code."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command line; 0 done, 2 unusable input or options, 130 interrupted."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        from gradscope.commands.app import run
+
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - the one place where everything ends
+        return _failed(error, debug)
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    from gradscope.commands.failures import failure_lines
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(*failure_lines(error), sep="\n", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

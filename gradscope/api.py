@@ -1,0 +1,79 @@
+"""The Python API: what the commands ``inspect`` and ``simulate`` do, as two functions that return their results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from gradscope.clipping import Convention, Policy
+    from gradscope.gradients import GradientSource, Progress
+    from gradscope.results import Inspection, Simulation
+
+# A path, several paths (one step each), a mapping of names to arrays, a module with gradients, or an open source.
+Readable = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any] | Any
+ReadAs = Literal["gradients", "weights"]
+
+
+def inspect(
+    source: Readable,
+    *,
+    as_: ReadAs | None = None,
+    steps: str | slice | None = None,
+    groups: Mapping[str, str] | None = None,
+    max_norm: float | None = None,
+    at: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """What is in ``source``: norms of its gradients and weights, and what its optimizers know.
+
+    ``as_`` settles what a bare mapping of tensors holds; ``steps`` (``"A:B"``) picks gradient steps, ``at`` one of them
+    with the 20 before it; ``groups`` (name → glob) redefines the clip groups; ``max_norm`` is the threshold for clip
+    saturation where the checkpoint names none.  ``progress`` is told bytes done and bytes in all.
+
+    Raises GradscopeError for unusable input or options.
+    """
+    from gradscope import inspection
+
+    opened = _open(source, as_, None)
+    return inspection.inspect(opened, steps=steps, groups=groups, max_norm=max_norm, at=at, progress=progress)
+
+
+def simulate(
+    source: Readable,
+    policies: Sequence[Policy | str] = (),
+    *,
+    as_: ReadAs | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    steps: str | slice | None = None,
+    groups: Mapping[str, str] | None = None,
+    convention: Convention = "exact",
+    sweep: bool = False,
+    progress: Progress | None = None,
+) -> Simulation:
+    """What each of ``policies`` (``"norm:0.5"``, ``"value:0.01"``…) would have done to the gradients of ``source``.
+
+    ``weights`` is a file with the parameters, which ``agc`` needs; ``convention`` is how a norm is clipped:
+    ``"exact"``, min(1, υ/n), or ``"torch"``, min(1, υ/(n + 1e-6)); ``sweep`` adds a ladder of max_norm.  The other
+    options are those of :func:`inspect`.
+
+    Raises GradscopeError for unusable input or options, and for a source that holds no gradients.
+    """
+    from gradscope import simulation
+
+    return simulation.simulate(
+        _open(source, as_, weights),
+        policies,
+        steps=steps,
+        groups=groups,
+        convention=convention,
+        sweep=sweep,
+        progress=progress,
+    )
+
+
+def _open(source: Readable, as_: ReadAs | None, weights: str | os.PathLike[str] | None) -> GradientSource:
+    from gradscope.sources import open_source
+
+    return open_source(source, as_=as_, weights=weights)

@@ -1,0 +1,84 @@
+"""Which source a command reads, and the progress it shows meanwhile."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from gradscope.sources import open_source
+from gradscope.sources.default import default_source
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+    from gradscope.commands.options import ReadAs
+    from gradscope.gradients import GradientSource, Progress
+
+# A read that ends sooner needs no progress.
+PATIENCE_SECONDS = 0.5
+
+
+def choose_source(
+    paths: list[str] | None, as_: ReadAs | None, quiet: bool, weights: str | None = None
+) -> tuple[GradientSource, str]:
+    """The source at ``paths``, else the default one with the sentence that says so (empty if ``quiet``).
+
+    Raises GradscopeError if there is none, or it cannot be read.
+    """
+    read_as: Literal["gradients", "weights"] | None = as_.value if as_ else None
+    if paths:
+        return open_source(paths[0] if len(paths) == 1 else paths, as_=read_as, weights=weights), ""
+    path, sentence = default_source()
+    return open_source(path, as_=read_as, weights=weights), "" if quiet else sentence
+
+
+@contextmanager
+def reading_progress(quiet: bool) -> Iterator[Progress | None]:
+    """A progress bar on stderr for reads that take long; None where nobody would see it."""
+    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield None
+        return
+    bar = _Bar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Bar:
+    """Told of every piece read; draws from PATIENCE_SECONDS on."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._rich: RichProgress | None = None
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        if self._rich is None:
+            if time.monotonic() - self._start < PATIENCE_SECONDS:
+                return
+            self._rich = _rich_progress()
+            self._rich.add_task("reading", total=total_bytes)
+            self._rich.start()
+        self._rich.update(self._rich.task_ids[0], completed=done_bytes, total=total_bytes)
+
+    def close(self) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+
+def _rich_progress() -> RichProgress:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("reading"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
