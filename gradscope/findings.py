@@ -149,7 +149,8 @@ def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
     for result in simulation.results:
         found += _clipping(simulation, result)
         found += _direction(result, several=len(simulation.results) > 1)
-    return tuple(found)
+        found += _role_dominance(result)
+    return tuple(dict.fromkeys(found))
 
 
 def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:
@@ -196,6 +197,22 @@ def _direction(result: results.PolicyResult, several: bool) -> Iterable[str]:
         yield f"{policy}{start} changes by {number(change.max, 5)}°."
     else:
         yield f"{policy}{start} changes by {angle(change.p50)} in the median, up to {angle(change.max)}."
+
+
+def _role_dominance(result: results.PolicyResult) -> Iterable[str]:
+    """Where one norm covers actor and critic and one of them decides it: what the other would have met alone."""
+    if not result.roles:
+        return
+    minor, major = sorted(result.roles, key=lambda role: role.share)
+    if major.share < DOMINANT_SHARE:
+        return
+    alone = ""
+    if round(100 * minor.clip_rate_alone) != round(100 * result.clip_rate):
+        alone = (
+            f"; by itself the {minor.name} would have been clipped in {percent(minor.clip_rate_alone)} "
+            f"of the updates instead of {percent(result.clip_rate)}"
+        )
+    yield f"The {major.name} dominates: it holds {percent(major.share)} of the squared norm{alone}."
 
 
 def policy_words(policy: str) -> str:

@@ -256,12 +256,22 @@ class PolicyLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleClipping:
+    """The actor or the critic of one clip group; ``clip_rate_alone`` is the rate had it been clipped by itself."""
+
+    name: str
+    share: float
+    clip_rate_alone: float
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyResult:
     """What one policy would have done.
 
     ``scale`` is (g·c)/‖g‖², the factor by which the gradient's own direction was kept, which for a policy that
     multiplies by one factor is that factor; ``norm_ratio`` is ‖c‖/‖g‖.  ``clip_rate_ci95`` is None where there are too
     few independent steps; ``effective_steps`` is the sample size behind it.  ``recent`` is the newest part of the run.
+    ``roles`` are given where one norm is taken over an actor and a critic together.
     """
 
     policy: str
@@ -279,6 +289,7 @@ class PolicyResult:
     phases: tuple[Phase, ...]
     recent: RecentClipping
     layers: tuple[PolicyLayer, ...]
+    roles: tuple[RoleClipping, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
 from gradscope.nonfinite import name_fault
 from gradscope.phases import find_phases
+from gradscope.roles import role_of
 from gradscope.selection import regroup, select_steps
 from gradscope.spread import Spread
 
@@ -217,6 +218,7 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
             )
             for i, name in enumerate(run.layout.layers.names)
         ),
+        roles=_roles(policy, run) if policy.name in ("norm", "joint-norm") else (),
     )
 
 
@@ -232,6 +234,25 @@ def _policy_groups(series: Series, run: _Run) -> tuple[results.PolicyGroup, ...]
             share=shares[i],
         )
         for i, name in enumerate(run.layout.groups.names)
+    )
+
+
+def _roles(policy: Policy, run: _Run) -> tuple[results.RoleClipping, ...]:
+    """Actor and critic, where ``policy`` takes one norm over both; they are told by name."""
+    named = [role_of(name) for name in run.layout.tensors.names]
+    members = {role: [i for i, found in enumerate(named) if found == role] for role in ("actor", "critic")}
+    total = float(run.energies.sum())
+    one_norm = policy.name == "joint-norm" or len(run.layout.groups) == 1
+    if not (one_norm and all(members.values()) and 0.0 < total < math.inf and policy.threshold):
+        return ()
+    energies = {role: run.energies[:, held].sum(axis=1) for role, held in members.items()}
+    return tuple(
+        results.RoleClipping(
+            name=role,
+            share=float(energy.sum()) / total,
+            clip_rate_alone=_share(np.sqrt(energy) > policy.threshold),
+        )
+        for role, energy in energies.items()
     )
 
 

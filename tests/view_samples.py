@@ -154,6 +154,7 @@ def policy(label: str, threshold: float, turned: float = 0.0, error: float = 0.0
             results.PolicyLayer(name, 0.5, 1 - share, turned * share, 1000.0 * share)
             for name, (_, share) in LAYERS.items()
         ),
+        roles=(),
     )
 
 
