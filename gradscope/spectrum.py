@@ -21,7 +21,7 @@ from gradscope.errors import GradscopeError
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-FLOAT_DTYPES = {
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -65,7 +65,7 @@ class ValueClip:
     @classmethod
     def none(cls, v: float, energy: float = 0.0, rounding: float = 0.0) -> ValueClip:
         """The clip of a gradient that holds nothing above ``v``."""
-        return cls(v, energy, 0.0, 0.0, 0.0, 0.0, energy, energy, 0, 0, rounding)
+        return cls(v, energy, 0.0, 0.0, 0.0, 0.0, energy * (1 - rounding), energy * (1 + rounding), 0, 0, rounding)
 
     def __add__(self, other: ValueClip) -> ValueClip:
         if self.v != other.v:
@@ -105,18 +105,19 @@ class ValueClip:
         slope = self.v / self.energy
         s_lo, s_hi = self.excess_lo * slope, self.excess_hi * slope
         sq_lo, sq_hi = self.excess_sq_lo / self.energy, self.excess_sq_hi / self.energy
-        kept_lo, kept_hi = self.clipped_energy_lo / self.energy, self.clipped_energy_hi / self.energy
-        # ‖c‖²/‖g‖² comes out of a difference of numbers near 1 here, which its own bounds keep from drifting.
+        kept_lo = self.clipped_energy_lo / self.energy
+        # ‖c‖²/‖g‖² is a difference of numbers near 1 here, and loses digits where it is small.
         noise = 8 * max(self.rounding, _POINT_ROUNDING) * (1 + 1 / kept_lo) if kept_lo > 0 else math.inf
         if noise > 1e-6:
             return 0.0, math.pi / 2
 
         def angle(s: float, sq: float, sign: int) -> float:
-            kept = min(max(1 - 2 * s - sq, kept_lo), kept_hi)
+            kept = 1 - 2 * s - sq
             sine_sq = sq - s * s / kept + sign * noise
             return math.atan2(math.sqrt(max(sine_sq, 0.0)), (kept + s) / math.sqrt(kept))
 
         most = angle(s_lo, min(max(1 - 3 * s_lo, sq_lo), sq_hi), +1)
+        # A corner outside of what Cauchy-Schwarz allows bounds nothing.
         least = 0.0
         if 1 - 2 * s_hi - sq_hi > 0:
             least = min(angle(s_hi, sq_lo, -1), angle(s_hi, sq_hi, -1))
@@ -246,6 +247,7 @@ class MagnitudeSpectrum:
 
     @property
     def nonfinite(self) -> int:
+        """The number of NaN and infinite elements."""
         return self.nan + self.inf
 
     @property
@@ -255,6 +257,7 @@ class MagnitudeSpectrum:
 
     @property
     def numel(self) -> int:
+        """The number of all elements."""
         return self.finite + self.nonfinite
 
     @property
@@ -331,6 +334,9 @@ class MagnitudeSpectrum:
         split = inside.split(
             v, max(inside.scatter_least, least - above[2] - below[2]), max(most - above[1] - below[1], 0.0)
         )
+        # The scatter above v and in its bin are two parts of one known whole, which sharpens the sum of both.
+        square_lo = max(above_least + split.square_lo, least - below_most + split.around - split.missed_hi)
+        square_hi = min(above_most + split.square_hi, most - below_least + split.around - split.missed_lo)
         s_off = 2.0**-49 * (s + n * v + inside.sum_abs)
         square_off = 2.0**-49 * (above[0] + inside.energy) + self.finite * _UNDERFLOW
         kept = below[0] + n * v * v
@@ -339,14 +345,23 @@ class MagnitudeSpectrum:
             energy,
             max(s + split.s_lo - s_off, 0.0),
             s + split.s_hi + s_off,
-            max(square + above_least + split.square_lo - square_off, 0.0),
-            square + above_most + split.square_hi + square_off,
+            max(square + square_lo - square_off, 0.0),
+            square + max(square_hi, square_lo) + square_off,
             (kept + below_least + split.kept_lo) * (1 - 2.0**-49),
             (kept + below_most + split.kept_hi) * (1 + 2.0**-49),
-            int(n) + split.n_lo,
+            int(n) + split.n_lo - self._perhaps_at(v),
             int(n) + split.n_hi,
             slack / energy if energy else 1.0,
         )
+
+    def _perhaps_at(self, v: float) -> int:
+        """How many elements of the bin that begins at ``v`` may equal it: the others make up its excess over v."""
+        k = int(np.searchsorted(self.lower, v))
+        if k == self.lower.size or self.lower[k] != v or self.upper[k] == v:
+            return 0
+        count, width = int(self.count[k]), min(float(self.upper[k]), self.max_abs) - v
+        excess = max(float(self.sum_abs[k]) - count * v, 0.0) * (1 - 1e-12)
+        return count - min(math.ceil(excess / width - 1e-9), count)
 
     def _straddle(self, k: int, v: float) -> _Straddle:
         c, a = float(self.count[k]), float(self.sum_abs[k])
@@ -370,6 +385,9 @@ class _Split:
     s_hi: float
     square_lo: float
     square_hi: float
+    around: float
+    missed_lo: float
+    missed_hi: float
     kept_lo: float
     kept_hi: float
     n_lo: int
@@ -378,7 +396,7 @@ class _Split:
 
 @dataclass(frozen=True, slots=True)
 class _Straddle:
-    """The bin that holds v inside: c elements x in [lower, upper] with sum a, and bounds on their scatter Σ(x-mean)²."""
+    """The bin that holds v inside: elements x in [lower, upper] and bounds on their scatter Σ(x-mean)²."""
 
     count: float
     sum_abs: float
@@ -402,7 +420,7 @@ class _Straddle:
         """
         c, a = self.count, self.sum_abs
         if c == 0.0:
-            return _Split(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0)
+            return _Split(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0)
         lower, upper = self.lower, self.upper
         below, over = v - lower, upper - v
         d = c * (self.mean - v)
@@ -418,7 +436,20 @@ class _Straddle:
         square_hi = max(min(over * s_hi, around_most - t_lo * t_lo / c), square_lo)
         kept_lo = c * (v - t_hi / c) ** 2
         kept_hi = max(c * v * v - (v + lower) * t_lo, kept_lo)
-        return _Split(s_lo, s_hi, square_lo, square_hi, kept_lo, kept_hi, int(min(n_lo, n_hi)), int(n_hi))
+        missed_lo, missed_hi = t_lo * t_lo / c, below * t_hi
+        return _Split(
+            s_lo,
+            s_hi,
+            square_lo,
+            square_hi,
+            d * d / c,
+            missed_lo,
+            missed_hi,
+            kept_lo,
+            kept_hi,
+            int(min(n_lo, n_hi)),
+            int(n_hi),
+        )
 
 
 class _Scanners(threading.local):

@@ -106,13 +106,13 @@ def read(tensor: StoredTensor) -> NDArray[np.floating[Any]]:
     if isinstance(tensor, StreamTensor):
         stored = np.empty(tensor.info.numel, FLOAT_DTYPES[tensor.info.dtype])
         with tensor.open_stream() as stream:
-            _fill(stream, memoryview(stored).cast("B"), tensor)
+            _fill(stream, stored.view(np.uint8).data, tensor)
         return _decode(stored, tensor.info.dtype).reshape(tensor.info.shape)
     layout = _layout(tensor)
     stored = np.empty(layout.span, FLOAT_DTYPES[tensor.info.dtype])
     with _open(tensor.path) as file:
         file.seek(tensor.offset)
-        _fill(file, memoryview(stored).cast("B"), tensor)
+        _fill(file, stored.view(np.uint8).data, tensor)
     decoded = _decode(stored, tensor.info.dtype)
     if tensor.strides is None:
         return decoded.reshape(tensor.info.shape)
@@ -373,10 +373,10 @@ def _open(path: str) -> BinaryIO:
 
 def _decode(stored: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]]:
     if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(np.left_shift(stored, 16, dtype=np.uint32).view(np.float32))
     if dtype.startswith("float8"):
-        return _float8_values(dtype)[stored]
-    return stored.astype(np.float64 if dtype == "float64" else np.float32, copy=False)
+        return np.take(_float8_values(dtype), stored)
+    return np.asarray(stored, np.float64 if dtype == "float64" else np.float32)
 
 
 @functools.cache
@@ -386,10 +386,10 @@ def _float8_values(dtype: str) -> NDArray[np.float32]:
     byte = np.arange(256)
     fraction, exponent = byte & ((1 << mantissa_bits) - 1), (byte & 127) >> mantissa_bits
     hidden = np.where(exponent > 0, 1 << mantissa_bits, 0)
-    value = (hidden + fraction) * 2.0 ** (np.maximum(exponent, 1) - bias - mantissa_bits)
+    value: NDArray[np.float64] = (hidden + fraction) * 2.0 ** (np.maximum(exponent, 1) - bias - mantissa_bits)
     if dtype == "float8_e4m3fn":
         value[byte & 127 == 127] = np.nan
     else:
         value[(exponent == 31) & (fraction == 0)] = np.inf
         value[(exponent == 31) & (fraction > 0)] = np.nan
-    return np.where(byte < 128, value, -value).astype(np.float32)
+    return np.asarray(np.where(byte < 128, value, -value), np.float32)
