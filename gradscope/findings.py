@@ -14,6 +14,7 @@ DOMINANT_SHARE = 0.9
 # A float32 norm squares and sums in float32: it is infinite from the square root of the largest float32 on.
 FLOAT32_NORM_OVERFLOW = math.sqrt(3.4028234663852886e38)
 FLOAT32_RANGE = {"float32", "bfloat16"}
+KEPT_DEG = 1e-6
 _AT_LIMIT = 1e-4
 
 
@@ -148,9 +149,9 @@ def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
     found = _nonfinite(simulation.nonfinite, simulation.steps)
     for result in simulation.results:
         found += _clipping(simulation, result)
-        found += _direction(result, several=len(simulation.results) > 1)
-        found += _role_dominance(result)
-    return tuple(dict.fromkeys(found))
+    found += _directions(simulation.results)
+    over_both = [result for result in simulation.results if result.roles]
+    return (*dict.fromkeys(found), *(_role_dominance(over_both[0]) if over_both else ()))
 
 
 def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:
@@ -185,18 +186,23 @@ def norm_after(simulation: results.Simulation, result: results.PolicyResult) -> 
     return simulation.norm.max * result.norm_ratio.max
 
 
-def _direction(result: results.PolicyResult, several: bool) -> Iterable[str]:
-    change = result.direction_change_deg
-    if change is None or math.isnan(change.max) or result.clipped_steps == 0:
-        return
-    policy = f"{policy_words(result.policy)}: " if several else ""
-    start = "direction" if several else "Direction"
-    if change.max < 1e-6:
-        yield f"{policy}{start} is kept (0°); only the length changes."
-    elif change.min == change.max:
-        yield f"{policy}{start} changes by {number(change.max, 5)}°."
-    else:
-        yield f"{policy}{start} changes by {angle(change.p50)} in the median, up to {angle(change.max)}."
+def _directions(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
+    """What becomes of the direction: one sentence for all policies that keep it, one for each that does not."""
+    kept = []
+    for result in policies:
+        change = result.direction_change_deg
+        if change is None or math.isnan(change.max) or result.clipped_steps == 0:
+            continue
+        name = policy_words(result.policy)
+        if change.max < KEPT_DEG:
+            kept.append(name)
+        elif change.min == change.max:
+            yield f"{name} changes the direction by {number(change.max, 5)}°."
+        else:
+            yield f"{name} changes the direction by {angle(change.p50)} in the median, up to {angle(change.max)}."
+    if kept:
+        by = f" by {', '.join(kept)}" if len(policies) > 1 else ""
+        yield f"Direction is kept (0°){by}; only the length changes."
 
 
 def _role_dominance(result: results.PolicyResult) -> Iterable[str]:
