@@ -151,7 +151,7 @@ def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
         found += _clipping(simulation, result)
     found += _directions(simulation.results)
     over_both = [result for result in simulation.results if result.roles]
-    return (*dict.fromkeys(found), *(_role_dominance(over_both[0]) if over_both else ()))
+    return (*dict.fromkeys(found), *(_role_dominance(over_both[0], simulation.steps) if over_both else ()))
 
 
 def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:
@@ -205,7 +205,7 @@ def _directions(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
         yield f"Direction is kept (0°){by}; only the length changes."
 
 
-def _role_dominance(result: results.PolicyResult) -> Iterable[str]:
+def _role_dominance(result: results.PolicyResult, steps: int) -> Iterable[str]:
     """Where one norm covers actor and critic and one of them decides it: what the other would have met alone."""
     if not result.roles:
         return
@@ -213,7 +213,9 @@ def _role_dominance(result: results.PolicyResult) -> Iterable[str]:
     if major.share < DOMINANT_SHARE:
         return
     alone = ""
-    if round(100 * minor.clip_rate_alone) != round(100 * result.clip_rate):
+    if steps == 1:
+        alone = "" if minor.clip_rate_alone else f"; by itself the {minor.name} would not have been clipped"
+    elif round(100 * minor.clip_rate_alone) != round(100 * result.clip_rate):
         alone = (
             f"; by itself the {minor.name} would have been clipped in {percent(minor.clip_rate_alone)} "
             f"of the updates instead of {percent(result.clip_rate)}"
