@@ -65,5 +65,6 @@ def run(arguments: list[str]) -> int:
     Raises GradscopeError and typer's own usage errors.
     """
     code = typer.main.get_command(app).main(args=arguments, prog_name="gradscope", standalone_mode=False)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     return code if isinstance(code, int) else 0

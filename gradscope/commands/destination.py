@@ -38,6 +38,8 @@ class Destination:
         Raises GradscopeError.
         """
         if self.file is None:
+            if sys.stdout is None:
+                raise GradscopeError("standard output", "is closed", "-o FILE writes to a file")
             return
         if os.path.isdir(self.file):
             raise GradscopeError(f"-o {self.file}", "is a directory")

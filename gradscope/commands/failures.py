@@ -51,6 +51,8 @@ def _usage_error(error: Exception) -> GradscopeError:
     if option:
         return GradscopeError(option, message)
     if parameter is not None:
-        given, *choices = re.findall(r"'([^']*)'", message) or [""]
-        return GradscopeError(max(parameter.opts, key=len), message, nearest(given, choices))
+        why = message.removeprefix("Value error, ")
+        why = why[:1].lower() + why[1:]
+        given, *choices = re.findall(r"'([^']*)'", why) or [""]
+        return GradscopeError(parameter.opts[0], why, nearest(given, choices))
     return GradscopeError("usage", message, "gradscope --help lists the commands")

@@ -30,7 +30,7 @@ class Sort(str, Enum):
 def inspect(
     paths: options.Paths = None,
     max_norm: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--max-norm",
             "--max-grad-norm",
@@ -80,9 +80,8 @@ def inspect(
     destination = Destination(format_.value, output, no_color, quiet)
     destination.refuse_unusable(paths or [])
     chosen_groups = options.parse_groups(groups)
+    limit = None if max_norm is None else options.parse_number("--max-norm", max_norm)
     source, opening = choose_source(paths, as_, quiet)
     with reading_progress(quiet) as progress:
-        result = inspection.inspect(
-            source, steps=steps, groups=chosen_groups, max_norm=max_norm, at=at, progress=progress
-        )
+        result = inspection.inspect(source, steps=steps, groups=chosen_groups, max_norm=limit, at=at, progress=progress)
     destination.show(result, opening, by=by.value, top=top, sort=sort.value)

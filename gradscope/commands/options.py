@@ -59,9 +59,7 @@ As = Annotated[
     ReadAs | None,
     typer.Option("--as", help="What a bare mapping of tensors holds.", rich_help_panel=READING),
 ]
-OutputFormat = Annotated[
-    Format, typer.Option("--format", "-f", help="How to write the result.", rich_help_panel=OUTPUT)
-]
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.", rich_help_panel=OUTPUT)]
 OutputFile = Annotated[
     str | None,
     typer.Option(
@@ -76,6 +74,18 @@ NoColor = Annotated[
     bool, typer.Option("--no-color", help="No colours; NO_COLOR does the same.", rich_help_panel=OUTPUT)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
+
+
+def parse_number(option: str, text: str) -> float:
+    """``text`` as a number; whether it is a useful one is not this function's business.
+
+    Raises GradscopeError.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        hint = "separate several values by spaces" if "," in text else None
+        raise GradscopeError(f"{option} {text}", "not a number", hint) from None
 
 
 def parse_groups(groups: list[str] | None) -> dict[str, str] | None:

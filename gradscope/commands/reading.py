@@ -39,7 +39,7 @@ def choose_source(
 @contextmanager
 def reading_progress(quiet: bool) -> Iterator[Progress | None]:
     """A progress bar on stderr for reads that take long; None where nobody would see it."""
-    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None
         return
     bar = _Bar()

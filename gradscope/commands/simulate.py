@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated
 
@@ -23,7 +24,7 @@ class ConventionName(str, Enum):
 def simulate(
     paths: options.Paths = None,
     max_norm: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
             "--max-norm",
             "--max-grad-norm",
@@ -33,7 +34,7 @@ def simulate(
         ),
     ] = None,
     clip_value: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
             "--clip-value", metavar="X...", help=r"Clamp every element to \[-X, X].", rich_help_panel=options.POLICIES
         ),
@@ -77,7 +78,7 @@ def simulate(
 
     Ends with the max_norm that would clip 10, 5, 1 and 50 % of the steps. Options with ... take several values.
     """
-    chosen = chosen_policies(max_norm or [], clip_value or [], policy or [])
+    chosen = chosen_policies(max_norm or (), clip_value or (), policy or ())
     chosen_groups = options.parse_groups(groups)
 
     from gradscope import simulation
@@ -100,7 +101,7 @@ def simulate(
     destination.show(result, opening)
 
 
-def chosen_policies(max_norms: list[float], clip_values: list[float], policies: list[str]) -> list[str]:
+def chosen_policies(max_norms: Sequence[str], clip_values: Sequence[str], policies: Sequence[str]) -> list[str]:
     """The policies in their general notation, all checked, so that a slip is told before a long read.
 
     Raises GradscopeError in the words of the option that was used.
@@ -108,11 +109,12 @@ def chosen_policies(max_norms: list[float], clip_values: list[float], policies: 
     chosen = []
     for option, name, values in (("--max-norm", "norm", max_norms), ("--clip-value", "value", clip_values)):
         for value in values:
+            options.parse_number(option, value)
             try:
-                check_notation(f"{name}:{value!r}")
+                check_notation(f"{name}:{value}")
             except GradscopeError as error:
-                raise GradscopeError(f"{option} {value:g}", error.why, error.hint) from None
-            chosen.append(f"{name}:{value!r}")
+                raise GradscopeError(f"{option} {value}", error.why) from None
+            chosen.append(f"{name}:{value}")
     for text in policies:
         check_notation(text)
         chosen.append(text)

@@ -11,7 +11,6 @@ from gradscope.views.cells import factor, share
 from gradscope.views.screen import Column, Row, Table
 
 MOST_LAYERS = 8
-MOST_GROUP_ROWS = 12
 # An interval narrower than this is not worth a column: the angles are printed with three digits.
 WORTHWHILE_ERROR_DEG = 0.005
 _LAYERWISE_POLICIES = {"value", "agc", "per-layer-norm", "per-tensor-norm", "block-rms"}
@@ -50,30 +49,82 @@ def _interval(bounds: tuple[float, float] | None) -> str:
 
 def phase_table(policies: Sequence[results.PolicyResult], width: int) -> Table:
     """The run in phases: norm and length for one policy, the clip rates side by side for several."""
-    phases = policies[0].phases
+    spans = [phase.steps for phase in policies[0].phases]
+    rows = [[_span(phase.steps), number(phase.norm.p50)] for phase in policies[0].phases]
     columns = [Column("updates"), Column("median norm")]
-    rows = [[_span(phase.steps), number(phase.norm.p50)] for phase in phases]
-    beside = [policy for policy in policies if [p.steps for p in policy.phases] == [p.steps for p in phases]]
-    if len(policies) == 1:
-        change = policies[0].direction_change_deg
-        kept = change is not None and change.max < _DIRECTION_KEPT_DEG
-        columns = [columns[0], Column("clipped"), columns[1], Column("length kept" if kept else "scale")]
-        rows = [
-            [_span(p.steps), share(p.clip_rate), number(p.norm.p50), factor(p.scale.p50)] for p in policies[0].phases
-        ]
-        return Table(tuple(columns), tuple(Row(tuple(cells)) for cells in rows))
-    shown = _fitting([policy_words(policy.policy) for policy in beside], width - 34)
-    for policy in beside[:shown]:
-        columns.append(Column(policy_words(policy.policy)))
-        for cells, phase in zip(rows, policy.phases, strict=True):
-            cells.append(share(phase.clip_rate))
-    more = len(policies) - shown
-    caption = "clipped" + (f"; {more} more policies with --format csv" if more else "")
-    return Table(tuple(columns), tuple(Row(tuple(cells)) for cells in rows), caption=caption)
+    if len(policies) > 1:
+        alike = [policy for policy in policies if [phase.steps for phase in policy.phases] == spans]
+        rates = [(policy, [phase.clip_rate for phase in policy.phases]) for policy in alike]
+        return _side_by_side(columns, rows, rates, width)
+    kept = _keeps_direction(policies[0])
+    columns = [Column("updates"), Column("clipped"), Column("median norm"), Column("length kept" if kept else "scale")]
+    rows = [
+        [_span(phase.steps), share(phase.clip_rate), number(phase.norm.p50), factor(phase.scale.p50)]
+        for phase in policies[0].phases
+    ]
+    return Table(tuple(columns), tuple(Row(tuple(cells)) for cells in rows))
+
+
+def _keeps_direction(policy: results.PolicyResult) -> bool:
+    change = policy.direction_change_deg
+    return change is not None and change.max < _DIRECTION_KEPT_DEG
 
 
 def _span(steps: tuple[int, int]) -> str:
     return f"{count(steps[0])}–{count(steps[1])}"
+
+
+def group_table(policies: Sequence[results.PolicyResult], width: int) -> Table:
+    """The clip groups: all of one policy, or the clip rates of several side by side."""
+    first = policies[0].groups
+    if len(policies) > 1:
+        names = [group.name for group in first]
+        alike = [policy for policy in policies if [group.name for group in policy.groups] == names]
+        rates = [(policy, [group.clip_rate for group in policy.groups]) for policy in alike]
+        rows = [[group.name, share(group.share), number(group.norm.p50)] for group in first]
+        columns = [Column("clip group", "left"), Column("share"), Column("median norm")]
+        return _side_by_side(columns, rows, rates, width)
+    columns = [
+        Column("clip group", "left"),
+        Column("clipped"),
+        Column("median norm"),
+        Column("scale"),
+        Column("direction", spare=1),
+        Column("share"),
+    ]
+    lines = [
+        Row(
+            (
+                group.name,
+                share(group.clip_rate),
+                number(group.norm.p50),
+                factor(group.scale.p50),
+                angle(group.direction_change_deg.p50),
+                share(group.share),
+            ),
+            bar=group.share,
+        )
+        for group in first
+    ]
+    return Table(tuple(columns), tuple(lines))
+
+
+def _side_by_side(
+    columns: list[Column],
+    rows: list[list[str]],
+    rates: Sequence[tuple[results.PolicyResult, Sequence[float]]],
+    width: int,
+) -> Table:
+    """``rows`` continued by the clip rates of as many policies as fit into ``width``."""
+    titles = [policy_words(policy.policy) for policy, _ in rates]
+    room = width - sum(max(len(column.title), *(len(row[i]) for row in rows)) + 2 for i, column in enumerate(columns))
+    fitting = _fitting(titles, room)
+    for title, (_, values) in zip(titles[:fitting], rates, strict=False):
+        columns = [*columns, Column(title)]
+        rows = [[*row, share(value)] for row, value in zip(rows, values, strict=True)]
+    hidden = len(rates) - fitting
+    caption = f"under each policy: clipped{_more(hidden, '; ')}"
+    return Table(tuple(columns), tuple(Row(tuple(row)) for row in rows), caption=caption)
 
 
 def _fitting(titles: Sequence[str], room: int) -> int:
@@ -85,34 +136,10 @@ def _fitting(titles: Sequence[str], room: int) -> int:
     return len(titles)
 
 
-def group_table(policies: Sequence[results.PolicyResult]) -> Table:
-    """The clip groups under each policy."""
-    several = len(policies) > 1
-    pairs = [(policy, group) for policy in policies for group in policy.groups]
-    columns = (
-        Column("clip group", "left"),
-        Column("clipped"),
-        Column("median norm"),
-        Column("scale"),
-        Column("direction", spare=1),
-        Column("share"),
-    )
-    rows = [
-        Row(
-            (
-                f"{policy_words(policy.policy)}, {group.name}" if several else group.name,
-                share(group.clip_rate),
-                number(group.norm.p50),
-                factor(group.scale.p50),
-                angle(group.direction_change_deg.p50),
-                share(group.share),
-            ),
-            bar=group.share,
-        )
-        for policy, group in pairs[:MOST_GROUP_ROWS]
-    ]
-    more = len(pairs) - MOST_GROUP_ROWS
-    return Table(columns, tuple(rows), caption=f"{more} more rows with --format csv" if more > 0 else "")
+def _more(policies: int, before: str = "") -> str:
+    if policies <= 0:
+        return ""
+    return f"{before}{policies} more polic{'y' if policies == 1 else 'ies'} with --format csv"
 
 
 def layer_table(policies: Sequence[results.PolicyResult]) -> Table | None:
@@ -142,7 +169,7 @@ def layer_table(policies: Sequence[results.PolicyResult]) -> Table | None:
         for layer in changed[:MOST_LAYERS]
     ]
     hidden = len(changed) - MOST_LAYERS
-    captions = [f"{hidden} more layers"] if hidden > 0 else []
-    captions += [f"{len(layerwise) - 1} more policies"] if len(layerwise) > 1 else []
-    caption = f"{' and '.join(captions)} with --format csv" if captions else ""
-    return Table(columns, tuple(rows), title=f"Layers under {policy_words(policy.policy)}", caption=caption)
+    captions = [f"{hidden} more layer{'s' * (hidden > 1)} with --format csv"] if hidden > 0 else []
+    captions += [_more(len(layerwise) - 1)] if len(layerwise) > 1 else []
+    title = f"Layers under {policy_words(policy.policy)}"
+    return Table(columns, tuple(rows), title=title, caption="; ".join(captions))

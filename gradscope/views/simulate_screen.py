@@ -69,7 +69,7 @@ def _policy_blocks(simulation: results.Simulation, choices: ViewChoices) -> Iter
     if phased:
         yield phase_table(policies, choices.width)
     if any(len(policy.groups) > 1 for policy in policies):
-        yield group_table(policies)
+        yield group_table(policies, choices.width)
     layers = layer_table(policies)
     if layers is not None:
         yield layers
