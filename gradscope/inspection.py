@@ -101,7 +101,8 @@ class _Columns:
         energy = self.energy[:, members].sum(axis=1)
         energy[self.inf[:, members].any(axis=1)] = math.inf
         energy[self.nan[:, members].any(axis=1)] = math.nan
-        return np.sqrt(energy)
+        norms: NDArray[np.float64] = np.sqrt(energy)
+        return norms
 
 
 def _without_spectra(steps: Iterable[GradientStep]) -> Iterator[GradientStep]:

@@ -26,8 +26,10 @@ class Spread:
         if series.size == 0:
             return cls.constant(float("nan"))
         # Between infinities there is nothing to interpolate.
-        method = "linear" if np.isfinite(series).all() else "nearest"
-        p50, p95, p99 = np.percentile(series, [50, 95, 99], method=method)
+        if np.isfinite(series).all():
+            p50, p95, p99 = np.percentile(series, [50, 95, 99])
+        else:
+            p50, p95, p99 = np.percentile(series, [50, 95, 99], method="nearest")
         return cls(
             min=float(series.min()),
             p50=float(p50),
