@@ -23,6 +23,8 @@ from gradscope.results import OptimizerGroup, OptimizerReport, OptimizerTensor
 
 # Rounding, and the 1e-6 in PyTorch's clip coefficient, keep a fully saturated ρ this close to 1.
 SATURATION_TOLERANCE = 1e-4
+# How far rounding may move an energy before that is said.
+TOLERATED_ROUNDING = 1e-3
 AT_LIMIT = {"0.99": 0.99, "0.9": 0.9}
 
 
@@ -84,20 +86,22 @@ def _tensor(state: OptimizerState, parameter: ParameterState) -> _Tensor:
 
 
 def _tensor_report(tensor: _Tensor, total: float | None) -> OptimizerTensor:
+    energy = _without_rounding(tensor.energy)
     return OptimizerTensor(
         name=tensor.parameter.name,
-        recent_norm=_root(tensor.energy.recent),
-        mean_norm=_root(tensor.energy.mean),
-        consistency=_consistency(tensor.energy),
-        share=_share(tensor.energy.recent, total),
+        recent_norm=_root(energy.recent),
+        mean_norm=_root(energy.mean),
+        consistency=_consistency(energy),
+        share=_share(energy.recent, total),
     )
 
 
 def _join(tensors: Sequence[_Tensor]) -> GradientEnergy:
     """The energy of several tensors together: a number that one of them lacks is None."""
     energies = [tensor.energy for tensor in tensors]
-    return GradientEnergy(
+    joined = GradientEnergy(
         recent=_sum([e.recent for e in energies]),
+        rounding=sum(e.rounding for e in energies),
         mean=_sum([e.mean for e in energies]),
         momentum=_sum([e.momentum for e in energies]),
         window=max((e.window for e in energies if e.window is not None), default=None),
@@ -105,6 +109,17 @@ def _join(tensors: Sequence[_Tensor]) -> GradientEnergy:
         noise_floor=_common(e.noise_floor for e in energies),
         qualifications=_unique(q for e in energies for q in e.qualifications) + _unequal_weights(tensors),
     )
+    return _without_rounding(joined)
+
+
+def _without_rounding(energy: GradientEnergy) -> GradientEnergy:
+    """``energy`` without a ``recent`` that may be rounding only, and qualified where rounding shows."""
+    if energy.recent is None or energy.rounding <= TOLERATED_ROUNDING * energy.recent:
+        return energy
+    if energy.rounding < energy.recent:
+        said = "square_avg started at ones and still holds much of them, so the norms are rough"
+        return replace(energy, qualifications=(*energy.qualifications, said))
+    return replace(energy, recent=None, unavailable="square_avg started at ones and still holds little else")
 
 
 def _unequal_weights(tensors: Sequence[_Tensor]) -> tuple[str, ...]:
@@ -124,6 +139,8 @@ def _unavailable(tensors: Sequence[_Tensor], stepped: Sequence[_Tensor], total: 
         return None
     if not tensors:
         return "the optimizer holds no parameters"
+    if total.unavailable is not None:
+        return total.unavailable
     lacking = [tensor for tensor in stepped or tensors if tensor.energy.recent is None]
     reason = lacking[0].energy.unavailable or "its state holds no squared gradients"
     if len(lacking) == len(stepped or tensors):
@@ -200,9 +217,8 @@ def _overlap(group: ClipGroup, groups: Sequence[ClipGroup]) -> tuple[str, ...]:
     others = [other.name for other in groups if other is not group and not names.isdisjoint(other.tensors)]
     if not others:
         return ()
-    return (
-        f"The clip groups {group.name} and {', '.join(others)} share parameters, so each is clipped more than once",
-    )
+    sharing = " and ".join(sorted((group.name, *others)))
+    return (f"The clip groups {sharing} share parameters, which are clipped more than once",)
 
 
 def _limit(max_norm: float | None) -> float | None:

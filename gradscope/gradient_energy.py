@@ -17,8 +17,6 @@ COARSE_DTYPES = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"
 DECOUPLED_WEIGHT_DECAY = frozenset({"AdamW", "Adafactor", "Lion", "Muon"})
 # Below this many steps the first gradient outweighs the rest of exp_avg, and noise alone gives more than f.
 LARGEST_TAIL_FOR_CONSISTENCY = 0.1
-# How far rounding may move a corrected energy before that is said.
-TOLERATED_ROUNDING = 1e-3
 
 NO_STEP = "the optimizer has taken no step on it"
 NO_ENERGY = {
@@ -40,10 +38,12 @@ class GradientEnergy:
     ``recent`` is the weighted mean of ‖g‖² and ``mean`` the squared norm of the weighted mean of g, over ``window``
     and ``mean_window`` steps; ``noise_floor`` is the m²/r² that independent noise alone would give, and None where it
     cannot be told.  ``momentum`` is the squared norm of a momentum buffer.  Where ``recent`` is None, ``unavailable``
-    says why.  ``weighting`` tells apart averages that weigh the steps differently.
+    says why.  ``rounding`` bounds the error of ``recent`` where a starting value was subtracted.  ``weighting`` tells
+    apart averages that weigh the steps differently.
     """
 
     recent: float | None = None
+    rounding: float = 0.0
     mean: float | None = None
     momentum: float | None = None
     window: float | None = None
@@ -147,23 +147,18 @@ def _rmsprop(optimizer: str, parameter: ParameterState, group: Mapping[str, Any]
     start = 1.0 if optimizer == "RMSpropTFLike" else 0.0
     left_of_start = start * average.tail * math.prod(square.shape)
     energy = (square.spectrum.sum_abs_total - left_of_start) / average.weight
-    rounding = left_of_start / average.weight * _rounding(square, parameter.step)
-    if energy < rounding:
-        raise _UntoldError("square_avg still consists of its starting value, ones: too few steps were taken")
-    said = _qualifications(optimizer, parameter, group, square)
-    if rounding > TOLERATED_ROUNDING * energy:
-        said += ("square_avg started at ones and still holds much of them, so the norms are rough",)
     mean = None
     if "grad_avg" in parameter.moments:
         mean = _moment(parameter, "grad_avg").spectrum.sum_squares / average.weight**2
     return GradientEnergy(
-        recent=energy,
+        recent=max(energy, 0.0),
+        rounding=left_of_start / average.weight * _rounding(square, parameter.step),
         mean=mean,
         window=average.window,
         mean_window=None if mean is None else average.window,
         noise_floor=None if mean is None else average.noise_floor,
         weighting=("exponential", average.decay, parameter.step),
-        qualifications=said,
+        qualifications=_qualifications(optimizer, parameter, group, square),
     )
 
 
@@ -294,7 +289,7 @@ def _first_eps(group: Mapping[str, Any]) -> float:
 def _rounding(moment: StoredMoment, steps: float | None) -> float:
     """Bound on the relative rounding error of a value that was multiplied by a rounded decay once a step."""
     unit = 2.0**-53 if moment.dtype == "float64" else 2.0**-24
-    return 2.0 * (steps or 0.0) * unit
+    return 3.0 * (steps or 0.0) * unit
 
 
 # --- where a formula's premise fails ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ Candidate = Sequence[TensorInfo]
 # Module buffers, which live in a state dict beside the parameters but are in no optimizer.
 _BUFFER = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|ra_mean|ra_var|inv_freq|position_ids|masked_bias"
-    r"|\w*normali[sz]er\.(_?mean|_?var|_?std|_?count|until))$"
+    r"|\w*normali[sz]er\.(\w+\.)*(_?mean|_?var|_?std|_?count|until|disc_avg))$"
 )
 
 
