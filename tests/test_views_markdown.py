@@ -32,7 +32,7 @@ def test_every_row_has_as_many_cells_as_its_header() -> None:
 
 def test_findings_are_a_list() -> None:
     text = markdown(simulation(policy("norm:0.5", 0.5)))
-    assert "\n- max\\_norm 0.5 clips 25 %" in text
+    assert "\n- max_norm 0.5 clips 25 %" in text
     assert text.rstrip().endswith("Replay: another threshold would have trained another policy.")
 
 
@@ -42,3 +42,4 @@ def test_names_cannot_break_out_of_their_cell() -> None:
     assert base.gradients is not None
     text = markdown(replace(base, gradients=replace(base.gradients, layers=layers)))
     assert r"a\|b\\n\<img src=x\>\`\*" in text
+    assert r"\_\_x\_" in markdown(replace(base, notes=("__x_",)))

@@ -63,7 +63,7 @@ class Destination:
             width=_width(sys.stdout if self.file is None else None),
             colour=colour,
             unicode=self.file is not None or _carries_unicode(sys.stdout),
-            opening=opening,
+            opening=opening if self.format == "table" else "",
         )
         text = VIEWS[self.format](result, choices)
         if self.file is None:

@@ -16,6 +16,11 @@ def share(value: float) -> str:
     return f"{text} %" if 0 < float(text) < 100 else percent(value)
 
 
+def consistency(value: float) -> str:
+    """An estimate in percent: noise can take it below 0, and its two windows above 100."""
+    return f"{number(100 * value, 2)} %"
+
+
 def factor(value: float) -> str:
     """What a length is multiplied by: ``0.02×``, ``1.00×``."""
     return f"{value:.2f}×" if value == 0 or 0.01 <= value < 10 else f"{number(value, 2)}×"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from gradscope import results
-from gradscope.notation import count, names, number, percent, setting
-from gradscope.views.cells import known, share
+from gradscope.notation import count, names, number, setting
+from gradscope.views.cells import consistency, known, share
 from gradscope.views.choices import By, ViewChoices
 from gradscope.views.nonfinite_sentences import nonfinite_sentences
 from gradscope.views.norm_rows import (
@@ -51,7 +52,8 @@ def _opening(inspection: results.Inspection, choices: ViewChoices) -> str:
     elif inspection.weights is not None:
         parts.append(_counted(len(inspection.weights.tensors), "tensor"))
         parts.append(_counted(inspection.weights.global_.numel, "parameter"))
-    parts += [_optimizer_words(optimizer) for optimizer in inspection.optimizers]
+    kinds = Counter(_optimizer_words(optimizer) for optimizer in inspection.optimizers)
+    parts += [f"{n} × {kind}" if n > 1 else kind for kind, n in kinds.items()]
     what = " · ".join(parts)
     return f"{choices.opening}: {what}" if choices.opening else what
 
@@ -135,7 +137,7 @@ def _step_table(steps: Sequence[results.StepRow]) -> Table:
 def _optimizer_blocks(inspection: results.Inspection, choices: ViewChoices) -> Iterator[Block]:
     optimizers = inspection.optimizers
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.groups]
-    if len(groups) > 1 and any(group.recent_norm is not None for _, group in groups):
+    if len(groups) > 1 and any(group.max_norm is not None for _, group in groups):
         yield _clip_group_table(groups, several=len(optimizers) > 1)
     for optimizer in optimizers:
         said = " ".join(inspection.findings)
@@ -149,7 +151,7 @@ def _clip_group_table(groups: Sequence[tuple[results.OptimizerReport, results.Op
         Column("max_norm"),
         Column("recent norm"),
         Column("clipped at most"),
-        Column("at limit at least", spare=1),
+        Column("within 10 % at least", spare=1),
         Column("mean norm", spare=3),
         Column("consistency", spare=2),
     )
@@ -160,9 +162,9 @@ def _clip_group_table(groups: Sequence[tuple[results.OptimizerReport, results.Op
                 known(group.max_norm, setting),
                 known(group.recent_norm, number),
                 known(group.clipped_share_at_most, share),
-                known((group.at_limit_share_at_least or {}).get("0.99"), share),
+                known((group.at_limit_share_at_least or {}).get("0.9"), share),
                 known(group.mean_norm, number),
-                known(group.consistency, share),
+                known(group.consistency, consistency),
             )
         )
         for optimizer, group in groups
@@ -188,11 +190,17 @@ def _windows(optimizer: results.OptimizerReport) -> str:
     """What the two norms are averages of, so that nobody compares them unawares."""
     parts = []
     if optimizer.window is not None:
-        parts.append(f"recent norm: root mean square over the last ~{count(optimizer.window)} updates")
+        short = optimizer.steps is not None and optimizer.steps < optimizer.window
+        span = (
+            f"the {count(optimizer.steps or 0)} updates so far"
+            if short
+            else f"the last ~{count(optimizer.window)} updates"
+        )
+        parts.append(f"recent norm: root mean square over {span}")
     if optimizer.mean_norm is not None and optimizer.mean_window is not None:
-        mean = f"norm of the mean gradient over ~{count(optimizer.mean_window)}: {number(optimizer.mean_norm)}"
-        consistency = "" if optimizer.consistency is None else f" (consistency {percent(optimizer.consistency)})"
-        parts.append(mean + consistency)
+        mean = f"mean norm: norm of the mean gradient over ~{count(optimizer.mean_window)}"
+        agreement = "" if optimizer.consistency is None else f" (consistency {consistency(optimizer.consistency)})"
+        parts.append(mean + agreement)
     if optimizer.momentum_norm is not None:
         parts.append(f"momentum buffer: {number(optimizer.momentum_norm)}")
     text = "; ".join(parts)

@@ -12,7 +12,8 @@ from gradscope.views.terminal import bar_text
 
 _BAR_WIDTH = 20
 # What markdown or HTML would take for its own; names of layers and files are shown as they are.
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
+# An underscore within a word is an underscore on GitHub, too.
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 def markdown_text(screen: Screen) -> str:

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from gradscope import results
 from gradscope.notation import count, number
-from gradscope.views.cells import known, share
+from gradscope.views.cells import consistency, known, share
 from gradscope.views.norm_rows import NormRow
 from gradscope.views.screen import Column, Row, Table
 
@@ -64,7 +64,7 @@ def optimizer_fields(what: str, rows: Sequence[NormRow]) -> list[Field]:
     if any(row.mean_norm is not None for row in rows):
         fields.append(Field(Column("mean norm", spare=3), lambda row: known(row.mean_norm, number)))
     if any(row.consistency is not None for row in rows):
-        fields.append(Field(Column("consistency", spare=4), lambda row: known(row.consistency, share)))
+        fields.append(Field(Column("consistency", spare=4), lambda row: known(row.consistency, consistency)))
     return fields
 
 
