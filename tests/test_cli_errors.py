@@ -76,7 +76,8 @@ def test_one_line_says_what_and_why(failed: Failed, line: str, error: str, hint:
 
 
 def test_a_bare_checkpoint_names_what_to_do(failed: Failed) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()

@@ -66,6 +66,15 @@ def test_the_example_by_value_and_by_norm(run: Run, example: Path) -> None:
     assert by_value["direction_change_deg"]["max"] == pytest.approx(10.7370, abs=5e-5)
 
 
+def test_a_single_gradient_is_told_with_its_digits(run: Run, example: Path) -> None:
+    _, out, _ = run("simulate", example, "--max-norm", "0.5", "20", "--clip-value", "0.5", "--sweep")
+    assert re.search(r"max_norm 0\.5 +yes +0\.049998× +0\.049998× +0°", out)
+    assert re.search(r"max_norm 20 +no +1\.0000× +1\.0000× +0°", out)
+    assert re.search(r"clip_value 0\.5 +yes +0\.050988× +0\.050095× +10\.737°", out)
+    assert "recently" not in out
+    assert "Any max_norm below 10.00 clips this gradient." in out
+
+
 def test_several_values_and_a_path_after_one_option(run: Run, steps: Path) -> None:
     code, out, _ = run("simulate", "--max-norm", "10", "20", steps, "--format", "json")
     assert code == 0

@@ -98,7 +98,7 @@ def _gradient_table(
     gradients: results.GradientSummary, rows: Sequence[NormRow], rest: NormRow | None, what: str
 ) -> Table:
     total = gradients.global_
-    several = total.l2_norm.min != total.l2_norm.max
+    several = total.l2_norm.min < total.l2_norm.max
     whole = NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2_norm)
     return norm_table(gradient_fields(what, rows, several), rows, rest, whole)
 

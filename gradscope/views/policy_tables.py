@@ -43,6 +43,19 @@ def policy_table(simulation: results.Simulation) -> Table:
     return Table(tuple(columns), tuple(rows), caption=caption)
 
 
+def one_step_table(policies: Sequence[results.PolicyResult]) -> Table:
+    """One row per policy for a single gradient: what became of it, with five digits."""
+    titles = ("clipped", "length kept", "scale", "direction", "±")
+    rows = []
+    for policy in policies:
+        change = policy.direction_change_deg
+        cells = [policy_words(policy.policy), "yes" if policy.clipped_steps else "no"]
+        cells += [f"{number(policy.norm_ratio.max, 5)}×", f"{number(policy.scale.max, 5)}×"]
+        cells += [f"{number(change.max, 5)}°" if change else "–", angle(policy.direction_change_error_deg)]
+        rows.append(Row(tuple(cells)))
+    return Table((Column("policy", "left"), *(Column(title) for title in titles)), tuple(rows))
+
+
 def _interval(bounds: tuple[float, float] | None) -> str:
     return "–" if bounds is None else f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f} %"
 

@@ -11,7 +11,7 @@ from gradscope.notation import count, number, percent, setting
 from gradscope.views.cells import factor, share
 from gradscope.views.choices import ViewChoices
 from gradscope.views.nonfinite_sentences import nonfinite_sentences
-from gradscope.views.policy_tables import group_table, layer_table, phase_table, policy_table
+from gradscope.views.policy_tables import group_table, layer_table, one_step_table, phase_table, policy_table
 from gradscope.views.screen import Block, Column, Histogram, Row, Screen, Sentence, Table
 
 # Fewer norms than this are no distribution to look at.
@@ -64,7 +64,9 @@ def _policy_blocks(simulation: results.Simulation, choices: ViewChoices) -> Iter
     if not policies or simulation.steps == simulation.nonfinite_steps:
         return
     phased = any(len(policy.phases) > 1 for policy in policies)
-    if len(policies) > 1 or not phased:
+    if simulation.steps == 1:
+        yield one_step_table(policies)
+    elif len(policies) > 1 or not phased:
         yield policy_table(simulation)
     if phased:
         yield phase_table(policies, choices.width)
@@ -91,32 +93,37 @@ def _histogram(simulation: results.Simulation) -> Histogram:
 
 
 def _ladder(simulation: results.Simulation) -> Table:
-    columns = (Column("max_norm"), Column("clipped"), Column("recently"), Column("length kept"))
-    rows = (
-        Row(
-            (setting(rung.max_norm), share(rung.clip_rate), share(rung.recent_clip_rate), factor(rung.scale)),
-            bar=rung.clip_rate,
-        )
-        for rung in simulation.sweep
-    )
-    return Table(columns, tuple(rows))
+    all_recent = _recent_is_all(simulation)
+    columns = [Column("max_norm"), Column("clipped"), *[Column("recently")] * (not all_recent), Column("length kept")]
+    rows = []
+    for rung in simulation.sweep:
+        recently = [] if all_recent else [share(rung.recent_clip_rate)]
+        cells = [setting(rung.max_norm), share(rung.clip_rate), *recently, factor(rung.scale)]
+        rows.append(Row(tuple(cells), bar=rung.clip_rate))
+    return Table(tuple(columns), tuple(rows))
 
 
 def _suggestions(simulation: results.Simulation) -> Iterator[str]:
     """The thresholds that clip a given share, of the recent part, and of the whole run where they differ."""
     if simulation.steps == 1:
-        if math.isfinite(simulation.norm.max):
+        if simulation.norm.max == 0:
+            yield "No max_norm clips this gradient: it is zero."
+        elif math.isfinite(simulation.norm.max):
             yield f"Any max_norm below {number(simulation.norm.max, 4)} clips this gradient."
         return
     recent, overall = _thresholds(simulation.suggested_max_norm), _thresholds(simulation.suggested_max_norm_overall)
     if not recent:
         return
-    span = simulation.suggested_max_norm["steps"]
-    whole = not isinstance(span, tuple) or span[1] - span[0] + 1 >= simulation.steps
+    whole = _recent_is_all(simulation)
     which = "the updates" if whole else "recent updates"
     yield f"To clip 10 % of {which} use {recent['0.10']}; 5 %: {recent['0.05']}; " + _last_two(recent)
     if overall and not whole and overall != recent:
         yield f"Over the whole run: 10 %: {overall['0.10']}; 5 %: {overall['0.05']}; " + _last_two(overall)
+
+
+def _recent_is_all(simulation: results.Simulation) -> bool:
+    span = simulation.suggested_max_norm["steps"]
+    return not isinstance(span, tuple) or span[1] - span[0] + 1 >= simulation.steps
 
 
 def _last_two(thresholds: Mapping[str, str]) -> str:
