@@ -31,6 +31,8 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Every dtype that can be scanned, and the numpy dtype whose bytes stand for it."""
 
+# ``dtype.name`` takes longer than scanning a bias.
+_NATIVE = {np.dtype(name): name for name in ("float64", "float32", "float16")}
 # How far a total may be off, relative to it: the kernel's block sums over 64 lanes' worth of float64 roundings, and,
 # for spectra that know every value, a few roundings.
 _SCAN_ROUNDING = 2.0**-46
@@ -81,7 +83,27 @@ class ValueClip:
             self.clipped_energy_hi + other.clipped_energy_hi,
             self.clipped_lo + other.clipped_lo,
             self.clipped_hi + other.clipped_hi,
-            max(self.rounding, other.rounding),
+            max(self.rounding, other.rounding) + 2.0**-53,
+        )
+
+    @classmethod
+    def total(cls, clips: Iterable[ValueClip]) -> ValueClip:
+        """The clip of all the parts together, at least one, added with a single rounding; they share one ``v``."""
+        parts = list(clips)
+        if len({part.v for part in parts}) != 1:
+            raise ValueError(f"clips at different values do not add up: {sorted({part.v for part in parts})}")
+        return cls(
+            parts[0].v,
+            energy=_exact_sum([part.energy for part in parts]),
+            excess_lo=_exact_sum([part.excess_lo for part in parts]),
+            excess_hi=_exact_sum([part.excess_hi for part in parts]),
+            excess_sq_lo=_exact_sum([part.excess_sq_lo for part in parts]),
+            excess_sq_hi=_exact_sum([part.excess_sq_hi for part in parts]),
+            clipped_energy_lo=_exact_sum([part.clipped_energy_lo for part in parts]),
+            clipped_energy_hi=_exact_sum([part.clipped_energy_hi for part in parts]),
+            clipped_lo=sum(part.clipped_lo for part in parts),
+            clipped_hi=sum(part.clipped_hi for part in parts),
+            rounding=max(part.rounding for part in parts) + 2.0**-53,
         )
 
     def direction_change_deg(self) -> tuple[float, float]:
@@ -182,14 +204,17 @@ class MagnitudeSpectrum:
         ``dtype`` names the elements of a buffer, and of the ``uint16`` or ``uint8`` arrays that stand for
         ``"bfloat16"`` and the float8 types.  Raises GradscopeError where the elements are not floating-point numbers.
         """
-        array = np.asarray(elements) if hasattr(elements, "__array_interface__") else np.frombuffer(elements, np.uint8)
-        if isinstance(elements, np.ndarray) or hasattr(elements, "__array_interface__"):
-            dtype = dtype or array.dtype.name
-            stored = FLOAT_DTYPES.get(dtype)
-            if stored is None or stored.itemsize != array.dtype.itemsize:
+        if hasattr(elements, "__array_interface__"):
+            array = np.asarray(elements)
+            dtype = dtype or _NATIVE.get(array.dtype) or array.dtype.name
+            if dtype not in FLOAT_DTYPES or FLOAT_DTYPES[dtype].itemsize != array.itemsize:
                 raise GradscopeError("array", f"dtype {array.dtype.name} does not hold floating-point numbers")
-        if dtype is None or dtype not in FLOAT_DTYPES:
-            raise GradscopeError("array", f"dtype {dtype} is not one of {', '.join(FLOAT_DTYPES)}")
+        else:
+            array = np.frombuffer(elements, np.uint8)
+            if dtype is None or dtype not in FLOAT_DTYPES:
+                raise GradscopeError("buffer", f"dtype {dtype} is not one of {', '.join(FLOAT_DTYPES)}")
+            if array.size % FLOAT_DTYPES[dtype].itemsize:
+                raise GradscopeError("buffer", f"{array.size} bytes are no whole number of {dtype} elements")
         scanner = scanner_for(dtype)
         if array.flags.c_contiguous and array.dtype.isnative:
             scanner.feed(array)
@@ -315,7 +340,8 @@ class MagnitudeSpectrum:
             raise ValueError(f"v must be positive, got {v}")
         energy = self.sum_squares
         if v >= self.max_abs:
-            return ValueClip.none(v, energy, _SCAN_ROUNDING)
+            points = np.array_equal(self.lower, self.upper)
+            return ValueClip.none(v, energy, _POINT_ROUNDING if points else _SCAN_ROUNDING)
         if not energy < math.inf:
             return ValueClip(v, energy, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, 0, self.numel, 1.0)
         straddling, n, s, square, above, below = clip_sums(
@@ -324,7 +350,8 @@ class MagnitudeSpectrum:
         inside = _Straddle.none() if straddling < 0 else self._straddle(straddling, v)
         points = above[2] == below[2] == inside.scatter_most == 0.0
         rounding = _POINT_ROUNDING if points else _SCAN_ROUNDING
-        slack = rounding * energy + self.finite * _UNDERFLOW
+        underflow = self.finite * _UNDERFLOW
+        slack = rounding * energy + underflow
         scatter = energy - above[0] - below[0] - inside.energy
         least, most = max(scatter - slack, 0.0), max(scatter + slack, 0.0)
         above_most = min(above[2], max(most - below[1] - inside.scatter_least, above[1]))
@@ -338,7 +365,7 @@ class MagnitudeSpectrum:
         square_lo = max(above_least + split.square_lo, least - below_most + split.around - split.missed_hi)
         square_hi = min(above_most + split.square_hi, most - below_least + split.around - split.missed_lo)
         s_off = 2.0**-49 * (s + n * v + inside.sum_abs)
-        square_off = 2.0**-49 * (above[0] + inside.energy) + self.finite * _UNDERFLOW
+        square_off = 2.0**-49 * (above[0] + inside.energy) + underflow
         kept = below[0] + n * v * v
         return ValueClip(
             v,

@@ -104,15 +104,21 @@ def read(tensor: StoredTensor) -> NDArray[np.floating[Any]]:
     if isinstance(tensor, MemoryTensor):
         return _decode(np.asarray(tensor.array), tensor.info.dtype).reshape(tensor.info.shape)
     if isinstance(tensor, StreamTensor):
-        stored = np.empty(tensor.info.numel, FLOAT_DTYPES[tensor.info.dtype])
-        with tensor.open_stream() as stream:
-            _fill(stream, stored.view(np.uint8).data, tensor)
-        return _decode(stored, tensor.info.dtype).reshape(tensor.info.shape)
+        # Gathered as it comes, so that a false size cannot ask for more memory than there are bytes.
+        data = bytearray().join(bytes(chunk) for chunk in _stream_chunks(tensor))
+        return _decode(np.frombuffer(data, FLOAT_DTYPES[tensor.info.dtype]), tensor.info.dtype).reshape(
+            tensor.info.shape
+        )
     layout = _layout(tensor)
+    _check_extent(tensor, layout)
     stored = np.empty(layout.span, FLOAT_DTYPES[tensor.info.dtype])
-    with _open(tensor.path) as file:
-        file.seek(tensor.offset)
-        _fill(file, stored.view(np.uint8).data, tensor)
+    try:
+        with open(tensor.path, "rb") as file:
+            file.seek(tensor.offset)
+            if file.readinto(stored.view(np.uint8).data) < stored.nbytes:
+                raise _ends_early(tensor)
+    except OSError as error:
+        raise GradscopeError(tensor.path, error.strerror or "cannot be read") from error
     decoded = _decode(stored, tensor.info.dtype)
     if tensor.strides is None:
         return decoded.reshape(tensor.info.shape)
@@ -204,6 +210,7 @@ def _batches(tensors: Sequence[StoredTensor], sizes: list[int], piece_bytes: int
 def _divisible(tensor: StoredTensor) -> bool:
     if isinstance(tensor, FileTensor):
         layout = _layout(tensor)
+        _check_extent(tensor, layout)
         return layout.dense and layout.repeats == 1
     return isinstance(tensor, MemoryTensor) and tensor.array.flags.c_contiguous and tensor.array.dtype.isnative
 
@@ -236,7 +243,8 @@ def _scan_piece(piece: _Piece, file: _OpenFile | None) -> MagnitudeSpectrum:
         elif isinstance(tensor, MemoryTensor):
             _feed_memory(scanner, tensor, piece)
         else:
-            _feed_stream(scanner, tensor)
+            for chunk in _stream_chunks(tensor):
+                scanner.feed(chunk)
     except BaseException:
         # The thread's scanner serves the next tensor too and must not carry half of this one over.
         scanner.take()
@@ -268,6 +276,16 @@ class _OpenFile:
         if data and len(data) < nbytes:
             data += self.read(nbytes - len(data), offset + len(data))
         return data
+
+
+def _check_extent(tensor: FileTensor, layout: _Layout) -> None:
+    """Refuses a tensor that reaches beyond its file before anything is cut or allocated for it."""
+    try:
+        size = os.path.getsize(tensor.path)
+    except OSError as error:
+        raise GradscopeError(tensor.path, error.strerror or "cannot be read") from error
+    if layout.span and tensor.offset + layout.span * FLOAT_DTYPES[tensor.info.dtype].itemsize > size:
+        raise _ends_early(tensor)
 
 
 def _ends_early(tensor: StoredTensor) -> GradscopeError:
@@ -343,32 +361,22 @@ def _feed_memory(scanner: Scanner, tensor: MemoryTensor, piece: _Piece) -> None:
         scanner.feed(chunk)
 
 
-def _feed_stream(scanner: Scanner, tensor: StreamTensor) -> None:
+def _stream_chunks(tensor: StreamTensor) -> Iterator[memoryview]:
+    """The tensor's bytes in chunks of whole elements, in one buffer that is used again."""
     left = stored_bytes(tensor)
-    chunk = memoryview(bytearray(min(left, _CHUNK_BYTES)))
+    buffer = memoryview(bytearray(min(left, _CHUNK_BYTES)))
     with tensor.open_stream() as stream:
         while left:
-            part = chunk[: min(left, len(chunk))]
-            _fill(stream, part, tensor)
-            scanner.feed(part)
-            left -= len(part)
-
-
-def _fill(stream: BinaryIO, into: memoryview, tensor: StoredTensor) -> None:
-    at = 0
-    while at < len(into):
-        data = stream.read(min(len(into) - at, _CHUNK_BYTES))
-        if not data:
-            raise _ends_early(tensor)
-        into[at : at + len(data)] = data
-        at += len(data)
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise GradscopeError(path, error.strerror or "cannot be opened") from error
+            chunk = buffer[: min(left, len(buffer))]
+            at = 0
+            while at < len(chunk):
+                data = stream.read(len(chunk) - at)
+                if not data:
+                    raise _ends_early(tensor)
+                chunk[at : at + len(data)] = data
+                at += len(data)
+            yield chunk
+            left -= len(chunk)
 
 
 def _decode(stored: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]]:
