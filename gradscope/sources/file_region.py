@@ -97,7 +97,7 @@ class _RegionStream(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._region.size}[whence]
         if start + offset < 0:
-            raise ValueError("seek before the start")
+            raise OSError(errno.EINVAL, "seek before the start")
         self._position = start + offset
         return self._position
 

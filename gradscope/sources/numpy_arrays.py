@@ -87,7 +87,7 @@ def array_in_file(layout: ArrayLayout, region: FileRegion) -> Leaf:
 def array_in_stream(layout: ArrayLayout, source: MemberStream | RegionSource) -> Leaf:
     """The array that a stream holds, compressed or in the other byte order."""
     if layout.strides is not None:
-        return UnreadableTensor("Fortran order in a compressed or big-endian array")
+        return UnreadableTensor("big-endian array in Fortran order")
     if not layout.swapped:
         return StreamTensor(layout.info, source)
     parts = 2 if layout.bits.kind == "c" else 1

@@ -293,6 +293,8 @@ class _Machine:
 
     def new_object_with_keywords(self) -> None:
         keywords, args, target = self._pop(), self._pop(), self._pop()
+        if not isinstance(keywords, dict):
+            raise MalformedPickleError("keyword arguments are no mapping")
         made = self._call(target, args)
         if keywords and isinstance(made, Opaque):
             made.state = keywords

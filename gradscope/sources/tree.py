@@ -17,7 +17,7 @@ Tree: TypeAlias = Any
 
 MAX_DEPTH = 200
 # A tree may share its parts, so that a small file unfolds into exponentially many names.
-MAX_NODES = 5_000_000
+MAX_REPEATED_PARTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,41 +76,46 @@ def named_leaves(tree: Tree, what: str) -> Iterator[tuple[str, Leaf]]:
     The names are also written into the tensors' ``info``.  ``what`` names the file in errors.
 
     Raises:
-        GradscopeError: the tree is nested more than 200 deep or unfolds into more than five million nodes.
+        GradscopeError: the tree is nested more than 200 deep, or unfolds into far more parts than it has.
     """
     stack: list[Iterator[tuple[str, Tree]]] = [iter([("", tree)])]
-    visited = 0
+    seen: set[int] = set()
+    repeated = 0
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
             stack.pop()
             continue
-        visited += 1
-        if visited > MAX_NODES:
-            raise GradscopeError(what, f"unfolds into more than {MAX_NODES:,} parts")
         name, node = entry
         if isinstance(node, UnreadableTensor) or node is None:
             yield name, node
         elif isinstance(node, FileTensor | MemoryTensor | StreamTensor):
             yield name, replace(node, info=replace(node.info, name=name))
-        elif children := _children(name, node):
+        elif (container := _container(node)) is not None:
             if len(stack) >= MAX_DEPTH:
                 raise GradscopeError(what, f"is nested more than {MAX_DEPTH} deep")
-            stack.append(children)
+            if id(container) in seen:
+                repeated += 1 + len(container)
+            seen.add(id(container))
+            if repeated > MAX_REPEATED_PARTS:
+                raise GradscopeError(what, f"repeats its parts more than {MAX_REPEATED_PARTS:,} times")
+            stack.append(_children(name, container))
 
 
-def _children(prefix: str, node: Tree) -> Iterator[tuple[str, Tree]] | None:
+def _container(node: Tree) -> Mapping[Any, Any] | list[Any] | tuple[Any, ...] | None:
     if isinstance(node, Opaque) and node.module.startswith("__torch__"):
         # A TorchScript module: its class is code, its state is the parameters.
         node = node.state
     elif isinstance(node, Opaque):
         node = node.mapping if node.mapping is not None else node.sequence
+    return node if isinstance(node, Mapping | list | tuple) else None
+
+
+def _children(prefix: str, container: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Tree]]:
     dotted = f"{prefix}." if prefix else ""
-    if isinstance(node, Mapping):
-        return ((f"{dotted}{key}", value) for key, value in node.items() if isinstance(key, str | int))
-    if isinstance(node, list | tuple):
-        return ((f"{dotted}{index}", value) for index, value in enumerate(node))
-    return None
+    if isinstance(container, Mapping):
+        return ((f"{dotted}{key}", value) for key, value in container.items() if isinstance(key, str | int))
+    return ((f"{dotted}{index}", value) for index, value in enumerate(container))
 
 
 def same_storage(tensor: StoredTensor) -> Hashable:

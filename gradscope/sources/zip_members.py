@@ -126,6 +126,9 @@ class ZipMembers:
         return self._infos[name]
 
     def _check_members(self) -> None:
+        # In a zip file that lost its end, zipfile finds the directory of a zip file within, and takes it for the whole.
+        if self._infos and min(info.header_offset for info in self._infos.values()) != 0:
+            raise GradscopeError(self.what, "is a truncated zip file")
         inflated = 0
         for info in self._infos.values():
             if info.flag_bits & 1:
