@@ -195,16 +195,11 @@ def _group(
 
 def _with_saturation(report: OptimizerGroup, saturation: float) -> OptimizerGroup:
     counted = 1.0 if abs(saturation - 1.0) <= SATURATION_TOLERANCE else saturation
-    said = report.qualifications
+    report = replace(report, saturation=saturation, clipped_share_at_most=min(1.0, counted))
     if counted > 1.0:
-        said += ("A saturation above 1 means that gradients reached the optimizer unclipped, so neither bound holds",)
-    return replace(
-        report,
-        saturation=saturation,
-        clipped_share_at_most=min(1.0, counted),
-        at_limit_share_at_least={name: at_limit_share(counted, c) for name, c in AT_LIMIT.items()},
-        qualifications=said,
-    )
+        said = "Gradients reached the optimizer unclipped, so it cannot be told how many sat at the limit"
+        return replace(report, qualifications=(*report.qualifications, said))
+    return replace(report, at_limit_share_at_least={name: at_limit_share(counted, c) for name, c in AT_LIMIT.items()})
 
 
 def at_limit_share(saturation: float, c: float) -> float:

@@ -5,6 +5,7 @@ Every function returns the path that its library wrote; nothing here knows grads
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import tempfile
@@ -17,8 +18,7 @@ import torch
 torch.set_num_threads(1)
 
 _KEPT = tempfile.TemporaryDirectory(prefix="gradscope-trainings-")
-SMALL = {"net_arch": [32, 32]}
-OFF_POLICY = {"learning_starts": 50, "policy_kwargs": dict(SMALL), "buffer_size": 1000}
+OFF_POLICY = {"learning_starts": 50, "policy_kwargs": {"net_arch": [32, 32]}, "buffer_size": 1000}
 DISCRETE, CONTINUOUS = "CartPole-v1", "Pendulum-v1"
 
 SB3_RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
@@ -50,7 +50,8 @@ def sb3_checkpoint(algorithm: str) -> Path:
     package, environment, settings, steps = SB3_RUNS[algorithm]
     make = getattr(importlib.import_module(package), algorithm)
     policy = SB3_POLICIES.get(algorithm, "MlpPolicy")
-    model = make(policy, environment, seed=0, device="cpu", **settings)
+    # SB3 writes into the policy's settings.
+    model = make(policy, environment, seed=0, device="cpu", **copy.deepcopy(settings))
     model.learn(steps)
     path = _kept("sb3") / f"{algorithm}.zip"
     model.save(path)
@@ -170,7 +171,6 @@ def rsl_rl_settings(max_grad_norm: float, *, image: bool, curious: bool) -> dict
 def rsl_rl_run(max_grad_norm: float = 1.0, image: bool = False, curious: bool = False) -> Path:
     """A run's directory of rsl_rl 5: ``model_*.pt`` and ``params/agent.yaml``."""
     import contextlib
-    import copy
     import io
 
     import yaml

@@ -245,6 +245,7 @@ def test_gradients_beyond_the_clip_are_said() -> None:
     assert report.saturation == pytest.approx(36.0, rel=1e-4)
     assert report.max_norm == 0.5
     assert any("unclipped" in said for said in report.qualifications)
+    assert (report.clipped_share_at_most, report.at_limit_share_at_least) == (1.0, None)
 
 
 def test_each_clip_group_has_its_own_saturation() -> None:

@@ -29,10 +29,10 @@ _HYPER_MARKS: tuple[tuple[str, str], ...] = (
     ("decay_rate", "Adafactor"),
     ("beta2_decay", "Adafactor"),
     ("rho", "Adadelta"),
+    ("lambd", "ASGD"),
     ("alpha", "RMSprop"),
     ("lr_decay", "Adagrad"),
     ("etas", "Rprop"),
-    ("lambd", "ASGD"),
     ("tolerance_grad", "LBFGS"),
 )
 # All that Adam, AdamW, RAdam and their fused forms keep.  Another key means another optimizer with another average.

@@ -27,7 +27,7 @@ from gradscope.sources.checkpoints.stored_optimizer import (
 from gradscope.sources.file_region import FileRegion
 from gradscope.sources.tree import Tree, named_leaves
 
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 18
 _MODELS = ("model", "actor", "critic", "student", "teacher", "rnd")
 _RUN_FILE = re.compile(r"model_(\d+)\.pt")
 

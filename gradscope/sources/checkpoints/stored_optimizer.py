@@ -30,7 +30,18 @@ MOMENTS = (
     "exp_avg_sq_col",
 )
 # State that has its parameter's shape.
-_SHAPED = ("exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer", "sum", "variance", "exp_inf", "state1", "prev")
+_SHAPED = (
+    "exp_avg",
+    "exp_avg_sq",
+    "square_avg",
+    "momentum_buffer",
+    "sum",
+    "variance",
+    "exp_inf",
+    "state1",
+    "prev",
+    "ax",
+)
 MAX_PARAMETERS = 1_000_000
 
 
