@@ -354,6 +354,8 @@ cdef class Scanner:
         try:
             if view.len % self.format.itemsize:
                 raise ValueError(f"{view.len} bytes are no whole number of {self.dtype} elements")
+            if <size_t>view.buf % self.format.itemsize:
+                self.need_read_buffer()
             if view.len < GIL_BYTES:
                 self.scan(<const char *>view.buf, view.len)
             else:
@@ -370,16 +372,20 @@ cdef class Scanner:
         cdef long long missing
         if nbytes % self.format.itemsize:
             raise ValueError(f"{nbytes} bytes are no whole number of {self.dtype} elements")
-        if not self.read_buffer:
-            self.read_buffer = <char *>malloc(READ_BYTES)
-            if not self.read_buffer:
-                raise MemoryError
+        self.need_read_buffer()
         with nogil:
             missing = self.scan_file(fd, offset, nbytes)
         if missing < 0:
             raise OSError(-missing, os.strerror(-missing))
         if missing:
             raise EOFError(f"the file ends {missing} bytes early")
+
+    cdef int need_read_buffer(self) except -1:
+        if not self.read_buffer:
+            self.read_buffer = <char *>malloc(READ_BYTES)
+            if not self.read_buffer:
+                raise MemoryError
+        return 0
 
     cdef long long scan_file(self, int fd, long long offset, long long nbytes) noexcept nogil:
         """Returns 0, the number of bytes that the file lacks, or -errno."""
@@ -403,7 +409,6 @@ cdef class Scanner:
         return 0
 
     cdef void scan(self, const char *data, size_t nbytes) noexcept nogil:
-        cdef char[BLOCK_BYTES] aligned
         cdef const char *block
         cdef size_t at = 0, size
         cdef bint misaligned = <size_t>data % self.format.itemsize != 0
@@ -411,8 +416,8 @@ cdef class Scanner:
             size = nbytes - at if nbytes - at < BLOCK_BYTES else BLOCK_BYTES
             block = data + at
             if misaligned:
-                memcpy(aligned, block, size)
-                block = aligned
+                memcpy(self.read_buffer, block, size)
+                block = self.read_buffer
             if self.format.kind == FLOAT32:
                 self.scan_float32(<const uint32_t *>block, size // 4)
             elif self.format.kind == FLOAT64:
@@ -458,7 +463,7 @@ cdef class Scanner:
         cdef size_t i
         cdef uint32_t m, scaled, bin
         cdef float f, whole
-        cdef double lost = 0.0
+        cdef double value, lost = 0.0
         sum[0] = 0.0
         top[0] = 0
         bottom[0] = UINT32_MAX
@@ -472,7 +477,9 @@ cdef class Scanner:
                     self.inf += 1
                 continue
             memcpy(&f, &m, 4)
-            add_compensated(sum, &lost, <double>f * <double>f)
+            # By way of the integer, since somebody may have told the processor to take subnormals for zeros.
+            value = <double>m * power_of_two(-149) if m < 0x00800000 else <double>f
+            add_compensated(sum, &lost, value * value)
             if m > top[0]:
                 top[0] = m
             if m == 0:
@@ -544,7 +551,7 @@ cdef class Scanner:
         cdef int exponent
         cdef uint64_t base
         cdef double unit, lower
-        for i in range(SUBNORMAL_BINS):
+        for i in range(<size_t>SUBNORMAL_BINS):
             if self.subnormal32[2 * i]:
                 exponent = <int>(i >> 7)
                 base = <uint64_t>(128 | (i & 127)) << 16
@@ -724,7 +731,7 @@ cdef class Scanner:
                 k = self.emit_float32(&zeros)
                 bits32 = <uint32_t>self.max_bits
                 memcpy(&top32, &bits32, 4)
-                top = top32
+                top = top32 if bits32 >= 0x00800000 else <double>bits32 * power_of_two(-149)
             elif self.format.kind == FLOAT64:
                 k = self.emit_float64(&zeros)
                 memcpy(&top, &self.max_bits, 8)

@@ -138,7 +138,7 @@ class ValueClip:
             sine_sq = sq - s * s / kept + sign * noise
             return math.atan2(math.sqrt(max(sine_sq, 0.0)), (kept + s) / math.sqrt(kept))
 
-        most = angle(s_lo, min(max(1 - 3 * s_lo, sq_lo), sq_hi), +1)
+        most = angle(s_lo, min(max(1 - 3 * s_lo, sq_lo), sq_hi, 1 - 2 * s_lo - kept_lo), +1)
         # A corner outside of what Cauchy-Schwarz allows bounds nothing.
         least = 0.0
         if 1 - 2 * s_hi - sq_hi > 0:

@@ -62,6 +62,19 @@ def test_float32_subnormals_are_binned_as_finely_as_the_rest() -> None:
     assert np.all(spectrum.upper - spectrum.lower <= spectrum.lower / 128)
 
 
+def test_a_processor_told_to_flush_subnormals_changes_nothing() -> None:
+    values = np.array([1e-40, 3e-45, 0.0], np.float32)
+    expected = spectrum_of(values, "float32")
+    torch.set_flush_denormal(True)
+    try:
+        flushed = spectrum_of(values, "float32")
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed.sum_squares == expected.sum_squares > 0
+    assert flushed.max_abs == expected.max_abs > 0
+    assert np.array_equal(flushed.sum_abs, expected.sum_abs)
+
+
 def test_float64_subnormals_are_counted_apart_from_zeros() -> None:
     values = np.array([0.0, -0.0, 5e-324, -1e-320, 2e-310, 1.0])
     spectrum = spectrum_of(values, "float64")

@@ -180,6 +180,7 @@ def test_impossible_and_overlapping_strides(tmp_path: Path) -> None:
         ((1 << 20, 900), (1, 1), "overlaps itself"),
         ((4, 4), (1,), "impossible strides"),
         ((4,), (-1,), "impossible strides"),
+        ((1 << 60, 4), (0, 1), "out of reach"),
     ):
         tensor = FileTensor(info(shape), str(path), 0, strides)
         for action in (lambda tensor=tensor: scan([tensor]), lambda tensor=tensor: read(tensor)):

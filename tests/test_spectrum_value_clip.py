@@ -106,6 +106,29 @@ def test_random_gradients_at_any_scale_and_threshold(scale: float, below: float,
     check_bounds(MagnitudeSpectrum.of(elements).value_clip(v), elements, 0.1)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=30),
+    st.lists(st.floats(0.02, 90), max_size=4),
+    st.floats(0.02, 90),
+    st.booleans(),
+)
+def test_bounds_hold_for_bins_of_any_width(values: list[float], cuts: list[float], v: float, told: bool) -> None:
+    elements = np.sort(np.array(values))
+    which = np.searchsorted(np.sort(cuts), elements)
+    bins = [elements[which == k] for k in range(len(cuts) + 1) if (which == k).any()]
+    spectrum = MagnitudeSpectrum(
+        np.array([part[0] for part in bins]),
+        np.array([part[-1] for part in bins]),
+        np.array([part.size for part in bins]),
+        np.array([math.fsum(part) for part in bins]),
+        math.fsum(elements * elements),
+        float(elements[-1]),
+        bin_sum_squares=np.array([math.fsum(part * part) for part in bins]) if told else None,
+    )
+    check_bounds(spectrum.value_clip(v), elements, 45)
+
+
 def hardest_half_width(seed: int, rounds: int) -> float:
     """The widest interval that a hill climb over counts, means, scatters and v finds."""
     rng = np.random.default_rng(seed)

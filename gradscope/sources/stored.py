@@ -32,6 +32,8 @@ _INLINE_BYTES = 4 << 20
 _PIECE_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20
 _MOST_THREADS = 8
+# Counts and byte strides must fit 64 bits.
+_MOST_ELEMENTS = 1 << 58
 _PREAD = hasattr(os, "pread")
 
 
@@ -153,6 +155,8 @@ class _Layout:
 
 def _layout(tensor: FileTensor) -> _Layout:
     numel = tensor.info.numel
+    if numel > _MOST_ELEMENTS:
+        raise GradscopeError(tensor.path, f"tensor {tensor.info.name} has {numel} elements, which is out of reach")
     if numel == 0:
         return _Layout((0,), (1,), 1, 0)
     if tensor.strides is None:
