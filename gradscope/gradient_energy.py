@@ -28,6 +28,7 @@ NO_ENERGY = {
     "Rprop": "Rprop keeps step sizes and gradient signs, no squared gradients",
     "ASGD": "ASGD averages the weights, not the gradients",
     "LBFGS": "LBFGS keeps differences of gradients, no squared gradients",
+    "unknown": "its state is of no optimizer that gradscope knows",
 }
 
 

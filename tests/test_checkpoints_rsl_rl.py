@@ -167,3 +167,27 @@ def test_a_damaged_agent_yaml_leaves_a_note(tmp_path: Path) -> None:
     source = open_source(str(run / "model_11.pt"))
     assert any("agent.yaml" in note for note in source.notes)
     assert source.optimizers()[0].clip_groups[0].max_norm is None
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("since_4", [True, False])
+def test_distillation_trains_the_student_only(tmp_path: Path, since_4: bool) -> None:
+    student, teacher = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(student.parameters())
+    student(torch.ones(3, 4)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+    optimizer.step()
+    networks = {"student": student.state_dict(), "teacher": teacher.state_dict()}
+    stored: dict[str, Any] = {f"{part}_state_dict": state for part, state in networks.items()}
+    if not since_4:
+        both = {f"{part}.{name}": tensor for part, state in networks.items() for name, tensor in state.items()}
+        stored = {"model_state_dict": both}
+    path = tmp_path / "model_1.pt"
+    torch.save({**stored, "optimizer_state_dict": optimizer.state_dict(), "iter": 1, "infos": {}}, path)
+    assert open_source(str(path)).info.format == "rsl_rl Distillation"
+    report = first_report(path, max_norm=0.5)
+    assert [tensor.name for tensor in report.tensors] == ["student.weight", "student.bias"]
+    assert [group.name for group in report.groups] == ["student"]
+    assert report.saturation == pytest.approx(1.0, abs=1e-4)

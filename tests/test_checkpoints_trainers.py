@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from real_training import lightning_checkpoint, transformers_checkpoint
+from real_training import lightning_checkpoint, rsl_rl_run, sb3_checkpoint, transformers_checkpoint
 
 from gradscope.forensics import analyse
 from gradscope.gradients import GradientSource
@@ -191,3 +193,24 @@ def test_training_args_that_clip_nothing(tmp_path: Path) -> None:
     source = open_source(str(directory))
     assert any("no clipping" in note for note in source.notes)
     assert source.optimizers()[0].clip_groups[0].max_norm is None
+
+
+# --- what reading them imports ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["SB3", "rsl_rl", "Lightning", "Hugging Face"])
+def test_no_checkpoint_needs_torch_to_be_read(family: str) -> None:
+    path = {
+        "SB3": lambda: sb3_checkpoint("PPO"),
+        "rsl_rl": rsl_rl_run,
+        "Lightning": lightning_checkpoint,
+        "Hugging Face": transformers_checkpoint,
+    }[family]()
+    program = (
+        "import sys; from gradscope.sources import open_source; from gradscope.forensics import analyse\n"
+        f"source = open_source({str(path)!r}); source.weights()\n"
+        "print([analyse(state).recent_norm is not None for state in source.optimizers()])\n"
+        "print(sorted({'torch', 'stable_baselines3', 'rsl_rl', 'lightning', 'transformers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["[True]", "[]"]

@@ -48,7 +48,7 @@ def model_parameters(leaves: Iterable[tuple[str, Leaf]]) -> ModelParameters:
         elif not is_float(leaf.info):
             skipped.append(f"{name}: {leaf.info.dtype}")
         elif is_buffer(name):
-            skipped.append(f"{name}: a buffer, not a parameter")
+            skipped.append(f"{name}: buffer")
         elif (key := same_storage(leaf)) in kept and leaf.info.numel:
             alias_of[name] = kept[key].info.name
             skipped.append(f"{name}: the same tensor as {kept[key].info.name}")

@@ -68,7 +68,7 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
 
 
 def _states(tree: dict[str, Tree]) -> dict[str, Tree]:
-    return {name[: -len(".pth")]: state for name, state in tree.items() if name.endswith(".pth")}
+    return {str(name)[: -len(".pth")]: state for name, state in tree.items() if str(name).endswith(".pth")}
 
 
 def _algorithm(data: Mapping[str, Any]) -> str:
