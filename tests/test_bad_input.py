@@ -107,8 +107,11 @@ FORMATS: dict[str, tuple[bytes, str]] = {
     "zip": (b"PK\x05\x06" + bytes(18), "without tensors"),
     "half a zip": (b"PK\x03\x04" + bytes(100), "truncated zip"),
     "pickle of nothing": (b"\x80\x04N.", "no floating-point tensors"),
-    "pickled model": (b"\x80\x04c__main__\nModel\n)R}(X\x01\x00\x00\x00aK\x01ub.", "no floating-point tensors"),
-    "text pickle": (b"cos\nsystem\n(S'true'\ntR.", "no floating-point tensors"),
+    "pickled model": (
+        b"\x80\x04c__main__\nModel\n)R}(X\x01\x00\x00\x00aK\x01ub.",
+        "an object of the class __main__.Model, not a mapping",
+    ),
+    "text pickle": (b"cos\nsystem\n(S'true'\ntR.", "an object of the class os.system"),
 }
 
 

@@ -166,6 +166,14 @@ def test_a_directory_without_gradients_says_what_it_holds(tmp_path: Path, names:
         open_source(tmp_path)
 
 
+def test_a_directory_of_zip_checkpoints_hints_at_one(tmp_path: Path) -> None:
+    for number in (2, 10):
+        (tmp_path / f"ppo_{number}_steps.zip").touch()
+    with pytest.raises(GradscopeError, match="no gradient files") as caught:
+        open_source(tmp_path)
+    assert caught.value.hint is not None and "ppo_10_steps.zip" in caught.value.hint
+
+
 def test_several_directories_of_dumps(tmp_path: Path) -> None:
     sequence(tmp_path / "run_1", 2)
     sequence(tmp_path / "run_2", 2)
@@ -260,3 +268,19 @@ def test_the_weights_of_a_module(tmp_path: Path) -> None:
 def test_a_module_without_gradients() -> None:
     with pytest.raises(GradscopeError, match="no floating-point tensors"):
         open_source(torch.nn.Linear(3, 2))
+
+
+def test_control_characters_in_names_are_spelled_out(tmp_path: Path) -> None:
+    save_file({"a\x1b[31m\nb": G, "ü.weight": W}, tmp_path / "g")
+    assert sorted(names_of(open_source(tmp_path / "g"))) == ["a\\x1b[31m\\nb", "ü.weight"]
+
+
+def test_weights_go_with_dumps_only(tmp_path: Path) -> None:
+    dump(tmp_path / "w", w=W)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    with pytest.raises(GradscopeError, match="--weights: goes with gradient dumps"):
+        open_source(tmp_path / "c.pt", weights=tmp_path / "w")

@@ -67,6 +67,23 @@ def test_a_compressed_fortran_array(tmp_path: Path) -> None:
     ) == (pytest.approx({"w": float((ARRAYS["fortran"] ** 2).sum()), "v": 2.0}))
 
 
+def test_inflated_copies_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    np.savez_compressed(tmp_path / "z.npz", w=ARRAYS["fortran"])
+    tree = read_contents(tmp_path / "z.npz").tree
+    assert len(list((tmp_path / "temporary").iterdir())) == 1
+    np.testing.assert_array_equal(read(tree["w"]), ARRAYS["fortran"])
+    del tree
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_many_compressed_members(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "z.npz", **{f"w{i}": np.full(3, float(i)) for i in range(2000)})
+    (step,) = open_source(tmp_path / "z.npz").read_steps(range(1))
+    assert step.max_abs.tolist() == [float(i) for i in range(2000)]
+
+
 def test_names_with_dots_and_folders(tmp_path: Path) -> None:
     np.savez(tmp_path / "g.npz", **{"actor.0.weight": np.ones(2), "critic/bias": np.ones(1)})
     assert [info.name for info in open_source(tmp_path / "g.npz").tensors] == ["actor.0.weight", "critic/bias"]

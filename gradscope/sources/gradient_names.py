@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gradscope.errors import GradscopeError
 from gradscope.sources.stored import FileTensor, MemoryTensor, StoredTensor, StreamTensor
-from gradscope.sources.tree import Leaf, Tree, UnreadableTensor, named_leaves
+from gradscope.sources.tree import Leaf, Opaque, Tree, UnreadableTensor, named_leaves
 
 FLOATING = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"))
 # The first or last part of a name that says "this is the gradient" or "this is the parameter itself".
@@ -35,6 +35,12 @@ def gradients_of(tree: Tree, what: str) -> NamedTensors:
     Raises:
         GradscopeError: there is no floating-point tensor, or two have one name.
     """
+    if isinstance(tree, Opaque) and tree.mapping is None and not tree.module.startswith("__torch__"):
+        raise GradscopeError(
+            what,
+            f"holds an object of the class {tree.module}.{tree.name}, not a mapping of tensors",
+            "save the gradients by name: torch.save({name: p.grad for name, p in model.named_parameters()}, FILE)",
+        )
     leaves = dict(_unique(named_leaves(tree, what), what))
     marked = {name: parameter for name in leaves if (parameter := _without(name, GRADIENT_WORDS)) is not None}
     if not marked:

@@ -17,7 +17,7 @@ from gradscope.errors import GradscopeError
 from gradscope.sources.file_region import FileRegion
 from gradscope.sources.numpy_arrays import ArrayLayout, array_in_file, array_in_stream, checked_shape, layout_of
 from gradscope.sources.tree import Leaf, UnreadableTensor
-from gradscope.sources.zip_members import MemberStream, ZipMembers
+from gradscope.sources.zip_members import ZipMembers
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 1 << 16
@@ -70,7 +70,7 @@ def _read_member(members: ZipMembers, name: str) -> Leaf:
     if layout.strides is not None:
         region = members.inflated_region(name)
         return array_in_file(layout, FileRegion(region.path, region.offset + start, layout.nbytes))
-    return array_in_stream(layout, MemberStream(members.region, name, members.what, start))
+    return array_in_stream(layout, members.inflating(name, start))
 
 
 def _read_header(stream: BinaryIO, what: str) -> tuple[ArrayLayout | UnreadableTensor, int]:

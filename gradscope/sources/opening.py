@@ -46,9 +46,18 @@ def open_source(source: Any, *, as_: As | str | None = None, weights: Any = None
     """
     if as_ not in (None, "gradients", "weights"):
         raise GradscopeError(f"--as {as_}", "must be gradients or weights")
-    if isinstance(source, GradientSource):
+    if isinstance(source, GradientSource) and weights is None:
         return source
     parameters = open_source(weights, as_="weights") if weights is not None else None
+    opened = _opened(source, as_, parameters)
+    if parameters is not None and not isinstance(opened, GradientDumps):
+        raise GradscopeError("--weights", f"goes with gradient dumps, and {opened.info.path} holds none")
+    return opened
+
+
+def _opened(source: Any, as_: str | None, parameters: GradientSource | None) -> GradientSource:
+    if isinstance(source, GradientSource):
+        return source
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source), as_, parameters)
     if _is_list_of_paths(source):

@@ -108,7 +108,9 @@ def steps_of_directory(directory: Path) -> StepFiles:
         raise GradscopeError(
             str(directory), f"holds several directories of gradient files ({_some(below)})", "name one of them"
         )
-    raise GradscopeError(str(directory), f"holds no gradient files{_contents(entries)}")
+    archives = sorted((entry.name for entry in entries if entry.name.endswith(".zip")), key=natural_order)
+    hint = f"name one of the checkpoints, such as {directory / archives[-1]}" if archives else None
+    raise GradscopeError(str(directory), f"holds no gradient files{_contents(entries)}", hint)
 
 
 def weights_of_directory(directory: Path) -> StepFile:

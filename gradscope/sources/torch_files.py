@@ -21,7 +21,7 @@ from gradscope.sources.numpy_arrays import BITS, RegionSource, SwappedSource, ch
 from gradscope.sources.pickles import MALFORMED, Constructor, MalformedPickleError, read_pickle
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor
 from gradscope.sources.tree import Global, Leaf, Opaque, Tree, UnreadableTensor
-from gradscope.sources.zip_members import MemberStream, ZipMembers
+from gradscope.sources.zip_members import ZipMembers
 
 # Legacy files start with a pickled magic number (torch/serialization.py); in protocol 2 it begins so.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -228,7 +228,7 @@ def _placed(storage: Storage, info: TensorInfo, offset: int, strides: tuple[int,
     archive, width = storage.archive, BITS[info.dtype].itemsize
     part = 2 if info.dtype.startswith("complex") else 1
     if strides is None and not archive.members.is_stored(storage.member):
-        stream = MemberStream(archive.members.region, storage.member, archive.members.what, offset * width)
+        stream = archive.members.inflating(storage.member, offset * width)
         return StreamTensor(info, SwappedSource(stream, width // part) if archive.big_endian and width > 1 else stream)
     region = archive.region(storage.member)
     if not archive.big_endian or width == 1:

@@ -86,11 +86,11 @@ def named_leaves(tree: Tree, what: str) -> Iterator[tuple[str, Leaf]]:
         if entry is None:
             stack.pop()
             continue
-        name, node = entry
+        name, node = _printable(entry[0]), entry[1]
         if isinstance(node, UnreadableTensor) or node is None:
             yield name, node
         elif isinstance(node, FileTensor | MemoryTensor | StreamTensor):
-            yield name, replace(node, info=replace(node.info, name=name))
+            yield name, node if node.info.name == name else replace(node, info=replace(node.info, name=name))
         elif (container := _container(node)) is not None:
             if len(stack) >= MAX_DEPTH:
                 raise GradscopeError(what, f"is nested more than {MAX_DEPTH} deep")
@@ -100,6 +100,11 @@ def named_leaves(tree: Tree, what: str) -> Iterator[tuple[str, Leaf]]:
             if repeated > MAX_REPEATED_PARTS:
                 raise GradscopeError(what, f"repeats its parts more than {MAX_REPEATED_PARTS:,} times")
             stack.append(_children(name, container))
+
+
+def _printable(name: str) -> str:
+    """Names come from somebody else's file and end up in terminals: control characters are spelled out."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _container(node: Tree) -> Mapping[Any, Any] | list[Any] | tuple[Any, ...] | None:

@@ -52,9 +52,9 @@ class ZipMembers:
             _check_directory_size(stream, region.size, what)
             try:
                 with zipfile.ZipFile(stream) as archive:
-                    infos = [info for info in archive.infolist() if not info.is_dir()]
+                    infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
             except BAD_ZIP as error:
-                raise GradscopeError(what, f"is a damaged zip file ({error})") from None
+                raise GradscopeError(what, f"is a damaged zip file ({str(error)[:80]})") from None
         self._infos = {info.filename: info for info in infos}
         if len(self._infos) != len(infos):
             raise GradscopeError(what, "is a zip file with two members of one name")
@@ -77,7 +77,11 @@ class ZipMembers:
         return self._info(name).compress_type == zipfile.ZIP_STORED
 
     def stored_region(self, name: str) -> FileRegion:
-        """Where a stored member's bytes lie.  The local header tells: torch pads it for alignment."""
+        """Where a stored member's bytes lie."""
+        return self._place(name)
+
+    def _place(self, name: str) -> FileRegion:
+        """Where a member's bytes lie, compressed or not.  The local header tells: torch pads it for alignment."""
         info = self._info(name)
         with self.region.open() as stream:
             stream.seek(info.header_offset)
@@ -86,9 +90,9 @@ class ZipMembers:
             raise GradscopeError(self.what, f"is a damaged zip file (no member at the place of {name!r})")
         name_size, extra_size = struct.unpack_from("<HH", header, 26)
         offset = info.header_offset + 30 + name_size + extra_size
-        if offset + info.file_size > self.region.size:
+        if offset + info.compress_size > self.region.size:
             raise GradscopeError(self.what, f"is truncated: {name!r} reaches beyond its end")
-        return FileRegion(self.region.path, self.region.offset + offset, info.file_size)
+        return FileRegion(self.region.path, self.region.offset + offset, info.compress_size)
 
     def inflated_region(self, name: str) -> FileRegion:
         """A stored member in place; a compressed one as a temporary file that lives as long as its path object."""
@@ -110,6 +114,8 @@ class ZipMembers:
         """
         if self.size(name) > limit:
             raise GradscopeError(self.what, f"{name!r} is too large ({self.size(name):,} bytes)")
+        if self.is_stored(name):
+            return self.stored_region(name).read()
         with self.open(name) as stream:
             content = stream.read(limit + 1)
         if len(content) != self.size(name):
@@ -118,7 +124,12 @@ class ZipMembers:
 
     def open(self, name: str) -> BinaryIO:
         """A member's bytes as a sequential stream, inflated as they are read."""
-        return MemberStream(self.region, name, self.what)()
+        return self.stored_region(name).open() if self.is_stored(name) else self.inflating(name)()
+
+    def inflating(self, name: str, skip: int = 0) -> MemberStream:
+        """What opens a compressed member as a stream, ``skip`` bytes from its start."""
+        info = self._info(name)
+        return MemberStream(self._place(name), info.file_size, info.CRC, f"{self.what}: {name}", skip)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         if name not in self._infos:
@@ -148,10 +159,14 @@ class ZipMembers:
 
 @dataclass(frozen=True, slots=True)
 class MemberStream:
-    """Opens a zip member as a sequential stream, ``skip`` bytes from its start."""
+    """Opens a compressed member as a sequential stream, ``skip`` bytes from its start.
+
+    ``region`` holds the deflated bytes; ``size`` and ``checksum`` (CRC-32) are those declared for the inflated ones.
+    """
 
     region: FileRegion
-    name: str
+    size: int
+    checksum: int
     what: str
     skip: int = 0
 
@@ -159,50 +174,57 @@ class MemberStream:
         """A stream at the member's byte ``skip``.
 
         Raises:
-            GradscopeError: the member is missing or damaged.
+            GradscopeError: the member is damaged before that.
         """
         stream = _InflatedStream(self)
         left = self.skip
         while left > 0:
             piece = stream.read(min(left, 1 << 20))
             if not piece:
-                raise GradscopeError(self.what, f"{self.name!r} ends early")
+                raise GradscopeError(self.what, "ends early")
             left -= len(piece)
         return cast(BinaryIO, stream)
 
 
 class _InflatedStream(io.RawIOBase):
-    """A member while it is inflated; damage in it comes out as GradscopeError."""
+    """A member while it is inflated, never more of it than is asked for; damage comes out as GradscopeError."""
 
     def __init__(self, source: MemberStream) -> None:
         self._source = source
         self._file = source.region.open()
-        try:
-            self._archive = zipfile.ZipFile(self._file)
-            self._member = self._archive.open(source.name)
-        except (KeyError, RuntimeError, *BAD_ZIP) as error:
-            self._file.close()
-            raise self._damage(error) from None
+        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        self._left = source.size
+        self._checksum = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        try:
-            piece = self._member.read(len(view))
-        except BAD_ZIP as error:
-            raise self._damage(error) from None
+        piece = self._inflate(min(len(view), self._left))
         view[: len(piece)] = piece
+        self._left -= len(piece)
+        self._checksum = zlib.crc32(piece, self._checksum)
+        if self._left == 0 and self._checksum != self._source.checksum:
+            raise GradscopeError(self._source.what, "is damaged (its checksum is wrong)")
         return len(piece)
+
+    def _inflate(self, count: int) -> bytes:
+        piece = b""
+        while count and not piece:
+            compressed = self._inflater.unconsumed_tail or self._file.read(1 << 16)
+            if self._inflater.eof or not compressed:
+                raise GradscopeError(self._source.what, "is damaged (it ends early)")
+            try:
+                piece = self._inflater.decompress(compressed, count)
+            except zlib.error:
+                raise GradscopeError(self._source.what, "is damaged (it cannot be inflated)") from None
+        return piece
 
     def close(self) -> None:
         if not self.closed:
             self._file.close()
         super().close()
-
-    def _damage(self, error: Exception) -> GradscopeError:
-        return GradscopeError(self._source.what, f"cannot read its member {self._source.name!r} ({error})")
 
 
 class _TemporaryPath(str):
