@@ -15,7 +15,7 @@ A ``Scanner`` is fed buffers or pieces of a file and then emptied with ``take``,
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, errno
-from libc.math cimport INFINITY, fabs, ldexp
+from libc.math cimport INFINITY, ldexp
 from libc.stdint cimport SIZE_MAX, UINT16_MAX, UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -258,12 +258,10 @@ cdef inline double power_of_two(int exponent) noexcept nogil:
 
 
 cdef inline void add_compensated(double *total, double *lost, double x) noexcept nogil:
-    """Neumaier's summation: ``total + lost`` is the sum to about one rounding."""
+    """Knuth's two-sum: ``total + lost`` is the sum to about one rounding."""
     cdef double t = total[0] + x
-    if fabs(total[0]) >= fabs(x):
-        lost[0] += (total[0] - t) + x
-    else:
-        lost[0] += (x - t) + total[0]
+    cdef double part = t - total[0]
+    lost[0] += (total[0] - (t - part)) + (x - part)
     total[0] = t
 
 
@@ -765,7 +763,7 @@ def clip_sums(
     None, where only the most is known: (mean - lower)*(upper - mean)*c.
     """
     cdef Py_ssize_t i, straddling = -1, bins = lower.shape[0]
-    cdef double c, mean, d, energy, least, most
+    cdef double c, share, mean, d, energy, least, most
     cdef double n = 0.0
     cdef double excess = 0.0, excess_lost = 0.0, square = 0.0, square_lost = 0.0
     cdef double[2] means = [0.0, 0.0]
@@ -778,13 +776,14 @@ def clip_sums(
             straddling = i
             continue
         c = <double>count[i]
-        mean = sum_abs[i] / c
+        share = 1.0 / c
+        mean = sum_abs[i] * share
         energy = sum_abs[i] * mean
         most = 0.0
         if upper[i] > lower[i]:
-            # The mean may be off by a rounding.
+            # The mean may be off by two roundings.
             most = (mean - lower[i]) * (upper[i] - mean) * c
-            most = (most if most > 0.0 else 0.0) + 4e-16 * energy
+            most = (most if most > 0.0 else 0.0) + 9e-16 * energy
         least = 0.0
         if squares is not None:
             d = squares[i] - energy
@@ -798,7 +797,7 @@ def clip_sums(
             d = sum_abs[i] - c * v
             n += c
             add_compensated(&excess, &excess_lost, d)
-            add_compensated(&square, &square_lost, d * d / c)
+            add_compensated(&square, &square_lost, d * (d * share))
     return (
         straddling,
         n,

@@ -395,7 +395,7 @@ class MagnitudeSpectrum:
         lower, upper = float(self.lower[k]), min(float(self.upper[k]), self.max_abs)
         mean = min(max(a / c, lower), upper)
         energy = a * mean
-        most = (mean - lower) * (upper - mean) * c + 4e-16 * energy
+        most = (mean - lower) * (upper - mean) * c + 9e-16 * energy
         least = 0.0
         if self.bin_sum_squares is not None:
             known = float(self.bin_sum_squares[k]) - energy
