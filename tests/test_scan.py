@@ -132,7 +132,7 @@ def test_a_huge_expanded_view_costs_nothing(tmp_path: Path) -> None:
     assert read(tensor).shape == (1 << 40, 2)
 
 
-def test_billions_of_elements_in_bounded_memory(tmp_path: Path) -> None:
+def test_a_billion_elements_in_bounded_memory(tmp_path: Path) -> None:
     n = (1 << 30) + 3
     path = tmp_path / "sparse"
     with path.open("wb") as file:
