@@ -99,6 +99,8 @@ FORMATS: dict[str, tuple[bytes, str]] = {
     "binary": (bytes(range(256)) * 10, "no format that gradscope reads"),
     "zeros": (bytes(1000), "no format that gradscope reads"),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(50), "no format that gradscope reads"),
+    "prose": (b"One, two,\nthree.\n", "no format that gradscope reads"),
+    "blank lines": (b"\n\n\n", "no format that gradscope reads"),
     "csv": (b"step,loss,grad_norm\n1,0.5,2.0\n", "is CSV: reading norm logs is not supported yet"),
     "jsonl": (b'{"step": 1, "grad_norm": 2.0}\n', "is JSON: reading norm logs"),
     "trainer state": (b'{"best": null, "log_history": []}', "is a trainer_state.json: reading norm logs"),

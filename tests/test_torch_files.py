@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import GradscopeError
+from gradscope.sources import open_source
 from gradscope.sources.contents import read_contents
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor, read
 from gradscope.sources.tree import Opaque, UnreadableTensor, named_leaves, same_storage
@@ -228,6 +230,18 @@ def test_a_recompressed_archive(tmp_path: Path) -> None:
     assert_same(read_contents(tmp_path / "z.pt").tree, value)
 
 
+def test_sharded_files_with_their_index(tmp_path: Path) -> None:
+    tensors = {f"layer.{i}.weight": torch.randn(3, i + 1) for i in range(4)}
+    weight_map = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        torch.save({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for source in (open_source(tmp_path, as_="weights"), open_source(tmp_path / "pytorch_model.bin.index.json")):
+        found = source.weights()
+        names = [info.name for info in (found.tensors if found else source.tensors)]
+        assert sorted(names) == sorted(tensors)
+
+
 def test_legacy_files_go_through_torch(tmp_path: Path) -> None:
     value = {"w": torch.randn(3, 4), "b": torch.randn(3).bfloat16(), "n": torch.tensor([4])}
     assert_same(read_contents(saved(tmp_path, value, _use_new_zipfile_serialization=False)).tree, value)
@@ -357,8 +371,6 @@ def test_a_tensor_that_does_not_fit_its_storage(tmp_path: Path, old: bytes, new:
     def change(content: bytes) -> bytes:
         assert content.count(old) == 1
         return content.replace(old, new)
-
-    from gradscope.sources import open_source
 
     with pytest.raises(GradscopeError, match=message):
         open_source(patched(tmp_path, change))

@@ -64,7 +64,5 @@ def _kind_of_log(head: bytes) -> str | None:
         return "a W&B run"
     if head[:1] in (b"{", b"[") and b"\0" not in head:
         return "a trainer_state.json" if b'"log_history"' in head else "JSON"
-    first_line = head.split(b"\n", 1)[0]
-    if first_line.isascii() and b"," in first_line and b"\0" not in head:
-        return "CSV"
-    return None
+    commas = [line.count(b",") for line in head[:4096].splitlines()[:2]]
+    return "CSV" if b"\0" not in head and commas and commas[0] > 0 and len(set(commas)) == 1 else None

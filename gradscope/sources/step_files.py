@@ -172,7 +172,7 @@ def _candidates(entries: Sequence[os.DirEntry[str]]) -> StepFiles:
 
 
 def _kind(name: str) -> str:
-    return INDEX_SUFFIX if name.endswith(INDEX_SUFFIX) else Path(name).suffix
+    return INDEX_SUFFIX if name.endswith(INDEX_SUFFIX) else os.path.splitext(name)[1]
 
 
 def _contents(entries: Sequence[os.DirEntry[str]]) -> str:
