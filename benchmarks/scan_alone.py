@@ -6,7 +6,7 @@ import sys
 import time
 
 from gradscope.sources import open_source
-from gradscope.spectrum import ValueClip
+from gradscope.value_clip import ValueClip
 
 
 def main() -> None:

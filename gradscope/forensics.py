@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from gradscope.gradient_energy import GradientEnergy, gradient_energy
-from gradscope.gradients import ClipGroup
 from gradscope.optimizer_state import OptimizerState, ParameterState
 from gradscope.results import OptimizerGroup, OptimizerReport, OptimizerTensor
+from gradscope.tensors import ClipGroup
 
 # Rounding, and the 1e-6 in PyTorch's clip coefficient, keep a fully saturated ρ this close to 1.
 SATURATION_TOLERANCE = 1e-4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from gradscope.optimizer_state import OptimizerState
 from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.tensors import ClipGroup, TensorInfo
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -25,34 +25,6 @@ class Progress(Protocol):
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         """Report that ``done_bytes`` of ``total_bytes`` are read."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One named tensor: its parameter's name, shape and dtype (``"float32"``, ``"bfloat16"``, ``"float8_e4m3fn"``…)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def layer(self) -> str:
-        """The module that owns the parameter: the name without its last dotted part."""
-        return self.name.rsplit(".", 1)[0]
-
-
-@dataclass(frozen=True, slots=True)
-class ClipGroup:
-    """The tensors over which one clip call takes its norm, and the ``max_norm`` the source knows for it."""
-
-    name: str
-    tensors: tuple[str, ...]
-    max_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from gradscope import forensics, results
 from gradscope.errors import GradscopeError
 from gradscope.findings import inspection_findings
-from gradscope.gradients import ClipGroup, GradientSource, GradientStep, Progress, TensorInfo, Weights
+from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
 from gradscope.nonfinite import name_fault
 from gradscope.selection import regroup, select_steps
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.spread import Spread
+from gradscope.tensors import ClipGroup, TensorInfo
 
 SCHEMA = "gradscope.inspect/1"
 NEIGHBOURHOOD = 20

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradscope.spectrum import MagnitudeSpectrum
-
-if TYPE_CHECKING:
-    from gradscope.gradients import ClipGroup
+from gradscope.tensors import ClipGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)

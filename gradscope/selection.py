@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import ClipGroup, TensorInfo
+from gradscope.tensors import ClipGroup, TensorInfo
 
 
 def select_steps(steps: str | slice | None, total: int) -> range:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.gradients import ClipGroup, GradientSource, GradientStep, Progress, SourceInfo, TensorInfo, Weights
+from gradscope.gradients import GradientSource, GradientStep, Progress, SourceInfo, Weights
 from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.tensors import ClipGroup, TensorInfo
 
 Arrays = dict[str, NDArray[np.floating]]
 

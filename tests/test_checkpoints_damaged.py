@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from real_training import lightning_checkpoint, rsl_rl_run, sb3_checkpoint
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import TensorInfo
 from gradscope.inspection import inspect
 from gradscope.sources.checkpoints import recognise
-from gradscope.sources.contents import read_contents
+from gradscope.sources.formats.contents import read_contents
+from gradscope.sources.formats.tree import Opaque, UnreadableTensor
 from gradscope.sources.stored import MemoryTensor
-from gradscope.sources.tree import Opaque, UnreadableTensor
+from gradscope.tensors import TensorInfo
 
 FILES: dict[str, Callable[[], Path]] = {
     "SB3": lambda: sb3_checkpoint("SAC"),

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
-from gradscope.sources import contents, open_source
+from gradscope.sources import open_source
+from gradscope.sources.formats import contents
 
 
 def steps_of(source: GradientSource) -> list[Any]:

@@ -15,10 +15,10 @@ from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from transformers.optimization import Adafactor as HuggingFaceAdafactor
 
 from gradscope.forensics import analyse, at_limit_share
-from gradscope.gradients import ClipGroup
 from gradscope.optimizer_state import OptimizerState, ParameterState, StoredMoment
 from gradscope.results import OptimizerReport
 from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.tensors import ClipGroup
 
 SHAPES = {"actor.weight": (3, 4), "actor.bias": (3,), "critic.weight": (2, 3, 2)}
 Factory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

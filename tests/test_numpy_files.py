@@ -16,9 +16,9 @@ import pytest
 
 from gradscope.errors import GradscopeError
 from gradscope.sources import open_source
-from gradscope.sources.contents import read_contents
+from gradscope.sources.formats.contents import read_contents
+from gradscope.sources.formats.tree import UnreadableTensor
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor, read
-from gradscope.sources.tree import UnreadableTensor
 
 ARRAYS = {
     "f4": np.linspace(-3, 3, 24, dtype="f4").reshape(2, 3, 4),

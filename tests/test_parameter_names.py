@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradscope.gradients import TensorInfo
 from gradscope.sources.checkpoints.parameter_names import (
     InOrder,
     decay_split,
@@ -18,6 +17,7 @@ from gradscope.sources.checkpoints.parameter_names import (
     names_in_order,
     top_level_parts,
 )
+from gradscope.tensors import TensorInfo
 
 ACTOR_CRITIC = {
     "actor.weight": (4, 2),

@@ -22,11 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.known_constructors import plain_constructors
-from gradscope.sources.pickles import read_pickle
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.known_constructors import plain_constructors
+from gradscope.sources.formats.pickles import read_pickle
+from gradscope.sources.formats.tree import Global, Opaque, UnreadableTensor, named_leaves
 from gradscope.sources.stored import FileTensor, read
-from gradscope.sources.tree import Global, Opaque, UnreadableTensor, named_leaves
 
 PROTOCOLS = range(6)
 

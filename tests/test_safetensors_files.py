@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from gradscope.errors import GradscopeError
 from gradscope.sources import open_source
-from gradscope.sources.contents import read_contents
+from gradscope.sources.formats.contents import read_contents
+from gradscope.sources.formats.tree import UnreadableTensor
 from gradscope.sources.stored import FileTensor, read
-from gradscope.sources.tree import UnreadableTensor
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 

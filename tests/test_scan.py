@@ -16,9 +16,9 @@ import torch
 from spectrum_oracle import check_against
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import TensorInfo
 from gradscope.sources.stored import FileTensor, MemoryTensor, StoredTensor, StreamTensor, read, scan
 from gradscope.spectrum import FLOAT_DTYPES, MagnitudeSpectrum
+from gradscope.tensors import TensorInfo
 
 
 def info(shape: tuple[int, ...], dtype: str = "float32", name: str = "w") -> TensorInfo:

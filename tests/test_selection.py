@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import TensorInfo
 from gradscope.roles import role_of
 from gradscope.selection import regroup, select_steps
+from gradscope.tensors import TensorInfo
 
 ENDS = st.none() | st.integers(-30, 30)
 

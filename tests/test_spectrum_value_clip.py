@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectrum_oracle import bfloat16_bits, exact_angle_deg, exact_clip
 
-from gradscope.spectrum import MagnitudeSpectrum, ValueClip
+from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.value_clip import ValueClip
 
 FIELDS = ("excess", "excess_sq", "clipped_energy", "clipped")
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from gradscope.errors import GradscopeError
 from gradscope.sources import open_source
-from gradscope.sources.contents import read_contents
+from gradscope.sources.formats.contents import read_contents
+from gradscope.sources.formats.tree import Opaque, UnreadableTensor, named_leaves, same_storage
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor, read
-from gradscope.sources.tree import Opaque, UnreadableTensor, named_leaves, same_storage
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 OTHERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128]
@@ -260,7 +260,7 @@ def test_a_legacy_file_without_torch_names_the_extra(tmp_path: Path) -> None:
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path\n"
         "from gradscope.errors import GradscopeError\n"
-        "from gradscope.sources.contents import read_contents\n"
+        "from gradscope.sources.formats.contents import read_contents\n"
         "try: read_contents(Path(sys.argv[1]))\n"
         "except GradscopeError as error: print(error, error.hint)\n"
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from gradscope.gradients import ClipGroup, TensorInfo
+    from gradscope.tensors import ClipGroup, TensorInfo
 
 Level = Literal["joint", "group", "layer", "tensor"]
 

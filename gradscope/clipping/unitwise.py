@@ -15,7 +15,8 @@ from gradscope.clipping.policy import ElementPolicy, FloatArray
 from gradscope.errors import GradscopeError
 
 if TYPE_CHECKING:
-    from gradscope.gradients import GradientSource, GradientStep, TensorInfo, Weights
+    from gradscope.gradients import GradientSource, GradientStep, Weights
+    from gradscope.tensors import TensorInfo
 
 AGC_EPS = 1e-3
 # optax divides by no norm below this.

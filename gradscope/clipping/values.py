@@ -10,10 +10,10 @@ from gradscope.clipping.effect import BoolArray, Effect, LayerTotals, Series
 from gradscope.clipping.layout import Partition, TensorLayout
 from gradscope.clipping.policy import ElementPolicy, FloatArray
 from gradscope.errors import GradscopeError
+from gradscope.value_clip import ValueClip
 
 if TYPE_CHECKING:
     from gradscope.gradients import GradientSource, GradientStep
-    from gradscope.spectrum import ValueClip
 
 
 class ClipByValue(ElementPolicy):
@@ -75,10 +75,10 @@ class _ValueReplay:
 
 
 def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
-    merged: dict[int, ValueClip] = {}
+    members: list[list[ValueClip]] = [[] for _ in range(len(sets))]
     for owner, clip in zip(sets.owner.tolist(), clips, strict=True):
-        merged[owner] = merged[owner] + clip if owner in merged else clip
-    return [merged[owner] for owner in range(len(sets))]
+        members[owner].append(clip)
+    return [ValueClip.total(parts) for parts in members]
 
 
 def _series(clips: list[ValueClip], triggered: BoolArray) -> tuple[Series, float]:

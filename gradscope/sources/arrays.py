@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.numpy_arrays import array_in_memory
-from gradscope.sources.tree import MAX_DEPTH, Leaf, Tree, UnreadableTensor
+from gradscope.sources.formats.numpy_arrays import array_in_memory
+from gradscope.sources.formats.tree import MAX_DEPTH, Leaf, Tree, UnreadableTensor
 
 # torch has no bfloat16 for numpy: the bits travel as integers of the same width.
 TORCH_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}

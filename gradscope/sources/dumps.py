@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import ClipGroup, GradientSource, GradientStep, Progress, SourceInfo, TensorInfo, Weights
-from gradscope.sources.contents import Contents, read_contents
+from gradscope.gradients import GradientSource, GradientStep, Progress, SourceInfo, Weights
+from gradscope.sources.formats.contents import Contents, read_contents
+from gradscope.sources.formats.numpy_arrays import BITS
+from gradscope.sources.formats.safetensors_files import merge_shards
 from gradscope.sources.gradient_names import NamedTensors, gradients_of
-from gradscope.sources.numpy_arrays import BITS
-from gradscope.sources.safetensors_files import merge_shards
 from gradscope.sources.step_files import StepFile
 from gradscope.sources.stored import MemoryTensor, StoredTensor, read, scan
+from gradscope.tensors import ClipGroup, TensorInfo
 
 GROUP = "all"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gradscope.errors import GradscopeError
+from gradscope.sources.formats.tree import Leaf, Opaque, Tree, UnreadableTensor, named_leaves
 from gradscope.sources.stored import FileTensor, MemoryTensor, StoredTensor, StreamTensor
-from gradscope.sources.tree import Leaf, Opaque, Tree, UnreadableTensor, named_leaves
 
 FLOATING = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"))
 # The first or last part of a name that says "this is the gradient" or "this is the parameter itself".

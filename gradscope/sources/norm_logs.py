@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import FileRegion
+from gradscope.sources.formats.file_region import FileRegion
 
 SCANNED_BYTES = 1 << 20
 # Tags that only these two write; neither logs a gradient norm.

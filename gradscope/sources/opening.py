@@ -11,9 +11,10 @@ from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
 from gradscope.sources import checkpoints
 from gradscope.sources.arrays import gradients_of_module, is_module, parameters_of_module, tree_of
-from gradscope.sources.contents import Contents, read_contents
 from gradscope.sources.dumps import DumpedStep, GradientDumps, dumped_step, load_files
-from gradscope.sources.file_region import unreadable
+from gradscope.sources.formats.contents import Contents, read_contents
+from gradscope.sources.formats.file_region import unreadable
+from gradscope.sources.formats.tree import Opaque
 from gradscope.sources.gradient_names import ALONE
 from gradscope.sources.norm_logs import refuse_log_directory
 from gradscope.sources.step_files import (
@@ -27,7 +28,6 @@ from gradscope.sources.step_files import (
     steps_of_paths,
     weights_of_directory,
 )
-from gradscope.sources.tree import Opaque
 
 As: TypeAlias = Literal["gradients", "weights"]
 IN_MEMORY = "memory"

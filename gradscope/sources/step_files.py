@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import unreadable
+from gradscope.sources.formats.file_region import unreadable
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy", ".ckpt")
 INDEX_SUFFIX = ".index.json"

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from gradscope._kernels import Scanner
 from gradscope.errors import GradscopeError
-from gradscope.gradients import Progress, TensorInfo
+from gradscope.gradients import Progress
 from gradscope.spectrum import FLOAT_DTYPES, MagnitudeSpectrum, contiguous_chunks, scanner_for
+from gradscope.tensors import TensorInfo
 
 if sys.byteorder != "little":
     raise ImportError("the stored formats are little endian, and so must be the machine that reads them")

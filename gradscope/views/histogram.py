@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from gradscope.notation import number
 from gradscope.views.choices import ViewChoices
-from gradscope.views.screen import Histogram
-
-if TYPE_CHECKING:
-    from gradscope.views.terminal import Line
+from gradscope.views.screen import Histogram, Line
 
 HEIGHT = 4
 MARGIN = "  "

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Tone = Literal["plain", "strong", "quiet", "alarm"]
+# A line laid out: stretches of text, each with its style in rich's words.
+Line = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,7 @@ from rich.cells import cell_len, chop_cells
 from gradscope.printable import printable
 from gradscope.views.choices import ViewChoices
 from gradscope.views.histogram import histogram_lines
-from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table, Tone
-
-# A styled stretch of a line, and a line.
-Stretch = tuple[str, str]
-Line = list[Stretch]
+from gradscope.views.screen import Block, Column, Line, Row, Screen, Sentence, Table, Tone
 
 MARGIN = "  "
 GAP = 2

@@ -9,8 +9,8 @@ from gradscope.gradients import GradientSource
 from gradscope.sources.checkpoints import huggingface, lightning, pytorch, rsl_rl, sb3
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource
 from gradscope.sources.checkpoints.pytorch import weights_only
-from gradscope.sources.contents import read_contents
-from gradscope.sources.tree import Tree
+from gradscope.sources.formats.contents import read_contents
+from gradscope.sources.formats.tree import Tree
 
 __all__ = ["CheckpointSource", "recognise", "recognise_directory", "weights_only"]
 

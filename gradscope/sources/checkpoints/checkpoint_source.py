@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import GradientSource, GradientStep, Progress, TensorInfo, Weights
+from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
 from gradscope.optimizer_state import OptimizerState, ParameterState, StoredMoment
 from gradscope.sources.checkpoints.parameter_names import is_buffer, is_float
 from gradscope.sources.checkpoints.stored_optimizer import StoredOptimizer
+from gradscope.sources.formats.tree import Leaf, UnreadableTensor, named_leaves, same_storage
 from gradscope.sources.stored import StoredTensor, read, scan
-from gradscope.sources.tree import Leaf, UnreadableTensor, named_leaves, same_storage
+from gradscope.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,7 +31,7 @@ from gradscope.sources.checkpoints.stored_optimizer import (
     stored_optimizer,
     whole_clip_group,
 )
-from gradscope.sources.contents import read_contents
+from gradscope.sources.formats.contents import read_contents
 
 _WEIGHTS = (
     "model.safetensors",

@@ -10,7 +10,7 @@ from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, pa
 from gradscope.sources.checkpoints.parameter_names import InOrder, top_level_parts
 from gradscope.sources.checkpoints.scalars import mapping_of
 from gradscope.sources.checkpoints.stored_optimizer import is_optimizer_state, stored_optimizer, whole_clip_group
-from gradscope.sources.tree import Tree
+from gradscope.sources.formats.tree import Tree
 
 
 def recognise(path: Path, tree: Tree) -> GradientSource | None:

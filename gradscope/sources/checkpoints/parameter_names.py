@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gradscope.gradients import TensorInfo
 from gradscope.spectrum import FLOAT_DTYPES
+from gradscope.tensors import TensorInfo
 
 Shape = tuple[int, ...] | None  # None: the state does not tell it
 Candidate = Sequence[TensorInfo]

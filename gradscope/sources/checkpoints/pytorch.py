@@ -12,8 +12,8 @@ from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, Mo
 from gradscope.sources.checkpoints.parameter_names import InOrder, Shape, names_in_order, top_level_parts
 from gradscope.sources.checkpoints.scalars import mapping_of
 from gradscope.sources.checkpoints.stored_optimizer import is_optimizer_state, stored_optimizer, whole_clip_group
+from gradscope.sources.formats.tree import Tree, named_leaves
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor
-from gradscope.sources.tree import Tree, named_leaves
 
 MAX_OPTIMIZERS = 64
 _MAIN_MODELS = ("model", "model_state_dict", "state_dict", "net", "network")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import ClipGroup, GradientSource, SourceInfo
+from gradscope.gradients import GradientSource, SourceInfo
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, model_parameters
 from gradscope.sources.checkpoints.parameter_names import InOrder, with_prefix
 from gradscope.sources.checkpoints.scalars import mapping_of
@@ -24,8 +24,9 @@ from gradscope.sources.checkpoints.stored_optimizer import (
     stored_optimizer,
     whole_clip_group,
 )
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.tree import Tree, named_leaves
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.tree import Tree, named_leaves
+from gradscope.tensors import ClipGroup
 
 MAX_YAML_BYTES = 1 << 18
 _MODELS = ("model", "actor", "critic", "student", "teacher", "rnd")

@@ -22,7 +22,7 @@ from gradscope.sources.checkpoints.stored_optimizer import (
     stored_optimizer,
     whole_clip_group,
 )
-from gradscope.sources.tree import Tree
+from gradscope.sources.formats.tree import Tree
 
 # What only one algorithm keeps in ``data``, the more particular first.
 _ALGORITHM_MARKS: tuple[tuple[str, str], ...] = (

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from gradscope.sources.checkpoints.parameter_names import is_float
+from gradscope.sources.formats.tree import Opaque, Tree
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor, read
-from gradscope.sources.tree import Opaque, Tree
 
 
 def mapping_of(node: Tree) -> Mapping[Any, Any] | None:

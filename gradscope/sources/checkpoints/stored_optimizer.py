@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import ClipGroup
 from gradscope.sources.checkpoints.optimizer_types import optimizer_type
 from gradscope.sources.checkpoints.parameter_names import Shape, is_float
 from gradscope.sources.checkpoints.scalars import hyper_parameters, mapping_of, number_of
+from gradscope.sources.formats.tree import Tree
 from gradscope.sources.stored import FileTensor, MemoryTensor, StoredTensor, StreamTensor
-from gradscope.sources.tree import Tree
+from gradscope.tensors import ClipGroup
 
 # What the forensics read; everything else in a state is left where it lies.
 MOMENTS = (

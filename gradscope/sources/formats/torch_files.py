@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import TensorInfo
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.known_constructors import plain_constructors
-from gradscope.sources.numpy_arrays import BITS, RegionSource, SwappedSource, checked_shape, with_values
-from gradscope.sources.pickles import MALFORMED, Constructor, MalformedPickleError, read_pickle
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.known_constructors import plain_constructors
+from gradscope.sources.formats.numpy_arrays import BITS, RegionSource, SwappedSource, checked_shape, with_values
+from gradscope.sources.formats.pickles import MALFORMED, Constructor, MalformedPickleError, read_pickle
+from gradscope.sources.formats.tree import Global, Leaf, Opaque, Tree, UnreadableTensor
+from gradscope.sources.formats.zip_members import ZipMembers
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor
-from gradscope.sources.tree import Global, Leaf, Opaque, Tree, UnreadableTensor
-from gradscope.sources.zip_members import ZipMembers
+from gradscope.tensors import TensorInfo
 
 # Legacy files start with a pickled magic number (torch/serialization.py); in protocol 2 it begins so.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

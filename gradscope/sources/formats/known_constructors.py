@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.numpy_arrays import array_in_file, array_in_memory, checked_shape, layout_of
-from gradscope.sources.pickles import Constructor, MalformedPickleError, Unbuilt, hashable
-from gradscope.sources.tree import ByteRange, Global, Leaf, Opaque, UnreadableTensor
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.numpy_arrays import array_in_file, array_in_memory, checked_shape, layout_of
+from gradscope.sources.formats.pickles import Constructor, MalformedPickleError, Unbuilt, hashable
+from gradscope.sources.formats.tree import ByteRange, Global, Leaf, Opaque, UnreadableTensor
 
 ML_DTYPES = frozenset(("bfloat16", "float8_e4m3fn", "float8_e5m2"))
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.numpy_arrays import ArrayLayout, array_in_file, array_in_stream, checked_shape, layout_of
-from gradscope.sources.tree import Leaf, UnreadableTensor
-from gradscope.sources.zip_members import ZipMembers
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.numpy_arrays import ArrayLayout, array_in_file, array_in_stream, checked_shape, layout_of
+from gradscope.sources.formats.tree import Leaf, UnreadableTensor
+from gradscope.sources.formats.zip_members import ZipMembers
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 1 << 16

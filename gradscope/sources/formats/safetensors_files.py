@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import TensorInfo
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.numpy_arrays import BITS, checked_shape, with_values
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.numpy_arrays import BITS, checked_shape, with_values
+from gradscope.sources.formats.tree import Leaf, UnreadableTensor
 from gradscope.sources.stored import FileTensor
-from gradscope.sources.tree import Leaf, UnreadableTensor
+from gradscope.tensors import TensorInfo
 
 # The reference implementation allows 100 MB; parsed JSON takes up to thirty times its size in memory, and 300,000
 # tensors need less than this.

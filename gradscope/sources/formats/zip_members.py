@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import FileRegion
+from gradscope.sources.formats.file_region import FileRegion
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.known_constructors import plain_constructors
-from gradscope.sources.norm_logs import refuse_norm_log
-from gradscope.sources.numpy_files import NPY_MAGIC, is_npz, read_npy, read_npz
-from gradscope.sources.pickles import read_pickle
-from gradscope.sources.safetensors_files import (
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.known_constructors import plain_constructors
+from gradscope.sources.formats.numpy_files import NPY_MAGIC, is_npz, read_npy, read_npz
+from gradscope.sources.formats.pickles import read_pickle
+from gradscope.sources.formats.safetensors_files import (
     looks_like_safetensors,
     merge_shards,
     parse_json,
     read_safetensors,
     shards_of_index,
 )
-from gradscope.sources.torch_files import (
+from gradscope.sources.formats.torch_files import (
     LEGACY_MAGIC,
     is_script,
     is_torch_archive,
     read_legacy_torch,
     read_torch_archive,
 )
-from gradscope.sources.tree import Tree
-from gradscope.sources.zip_members import ZIP_MAGIC, ZipMembers
+from gradscope.sources.formats.tree import Tree
+from gradscope.sources.formats.zip_members import ZIP_MAGIC, ZipMembers
+from gradscope.sources.norm_logs import refuse_norm_log
 
 HEAD_BYTES = 4096
 MAX_TEXT_MEMBER = 64 << 20

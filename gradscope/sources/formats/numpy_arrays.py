@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import TensorInfo
-from gradscope.sources.file_region import FileRegion
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.tree import Leaf, UnreadableTensor
+from gradscope.sources.formats.zip_members import MemberStream
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor
-from gradscope.sources.tree import Leaf, UnreadableTensor
-from gradscope.sources.zip_members import MemberStream
+from gradscope.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

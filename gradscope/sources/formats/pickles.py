@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.file_region import FileRegion
-from gradscope.sources.tree import ByteRange, Global, Opaque, Tree
+from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.tree import ByteRange, Global, Opaque, Tree
 
 Constructor: TypeAlias = Callable[..., Any]
 Constructors: TypeAlias = Mapping[tuple[str, str], Constructor]
