@@ -68,3 +68,10 @@ def test_without_energy_the_factor_stays_and_a_dropped_set_has_no_direction() ->
     dropped = Moments(column(1, 4), column(0, 0), column(0, 0)).merge(Partition.by(["all", "all"]))
     assert dropped.norm_ratio()[0, 0] == 0.0
     assert np.isnan(dropped.direction_change_deg()[0, 0])
+
+
+def test_a_set_without_energy_does_not_blur_the_others() -> None:
+    moments = Moments(np.array([[0.0, 0.69]]), np.array([[1.0, 1.7546594212e-06]]), np.zeros((1, 2)))
+    merged = moments.merge(Partition.by(["all", "all"]))
+    assert merged.mean[0, 0] == 1.7546594212e-06
+    assert merged.direction_change_deg()[0, 0] == 0.0

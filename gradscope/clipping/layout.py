@@ -44,14 +44,13 @@ class Partition:
         """Columns in each set."""
         return np.bincount(self.owner, minlength=len(self.names))
 
-    @property
-    def first(self) -> NDArray[np.intp]:
-        """The first column of each set."""
-        return self.order[self.starts]
-
     def total(self, columns: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the sets: [S, columns] to [S, sets]."""
         return np.add.reduceat(columns[:, self.order], self.starts, axis=1)
+
+    def largest(self, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Maxima of the sets: [S, columns] to [S, sets]."""
+        return np.maximum.reduceat(columns[:, self.order], self.starts, axis=1)
 
     def any(self, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Whether any column of the set is true: [S, columns] to [S, sets]."""

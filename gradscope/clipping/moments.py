@@ -33,8 +33,10 @@ class Moments:
         empty = energy == 0.0
         with np.errstate(invalid="ignore", divide="ignore"):
             weight = np.where(empty[:, sets.owner], (1.0 / sets.sizes)[sets.owner], self.energy / energy[:, sets.owner])
-        # Deviations from a member's own factor, so that equal factors give a variance of exactly 0.
-        origin = self.mean[:, sets.first]
+        # Deviations from a member's own factor, so that equal factors give a variance of exactly 0; the heaviest
+        # member's, so that the mean keeps its digits where the others hardly count.
+        heaviest = self.energy == sets.largest(self.energy)[:, sets.owner]
+        origin = sets.largest(np.where(heaviest, self.mean, -np.inf))
         mean = origin + sets.total(weight * (self.mean - origin[:, sets.owner]))
         variance = sets.total(weight * (self.variance + (self.mean - mean[:, sets.owner]) ** 2))
         return Moments(energy, mean, variance)

@@ -117,6 +117,7 @@ def _clip_units(energies: FloatArray, limits: FloatArray) -> tuple[tuple[float, 
     if total == 0.0:
         return (0.0, 1.0, 0.0), False
     weights = energies / total
-    mean = factors[0] + float(weights @ (factors - factors[0]))
+    origin = factors[np.argmax(energies)]
+    mean = origin + float(weights @ (factors - origin))
     variance = float(weights @ (factors - mean) ** 2)
     return (total, mean, variance), bool((norms > limits).any())
