@@ -25,7 +25,8 @@ def main() -> int:
     # Children must find gradscope and this package, installed or not.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     cores = use_two_cores()
-    folder = Path(os.environ.get("GRADSCOPE_BENCH_DATA") or ROOT / "benchmarks" / "data")
+    # A folder of its own, for it is removed whole and the variable may name one that holds other things.
+    folder = Path(os.environ.get("GRADSCOPE_BENCH_DATA") or ROOT / "benchmarks" / "data") / "gradscope-benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         make_data(folder, options.size)
