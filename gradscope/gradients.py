@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -109,6 +110,10 @@ class GradientSource(ABC):
     @abstractmethod
     def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
         """The steps whose positions are in ``steps``, in order; one is in memory at a time."""
+
+    def reading_ahead(self, progress: Progress | None = None) -> AbstractContextManager[None]:
+        """Within this context the first step may already be read in the background; nothing else changes."""
+        return nullcontext()
 
     def weights(self, progress: Progress | None = None) -> Weights | None:
         """The parameters, where the source holds them."""

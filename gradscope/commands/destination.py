@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from gradscope.errors import GradscopeError
-from gradscope.views import VIEWS, Format, Result
-from gradscope.views.choices import By, Sort, ViewChoices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from gradscope.views import Format, Result
+    from gradscope.views.choices import By, Sort
 
 PIPED_WIDTH = 80
 WIDEST = 140
@@ -53,6 +54,9 @@ class Destination:
         self, result: Result, opening: str, *, by: By = "layer", top: int | None = None, sort: Sort = "share"
     ) -> None:
         """Write ``result``; ``opening`` is the sentence about a source that was not named."""
+        from gradscope.views import VIEWS
+        from gradscope.views.choices import ViewChoices
+
         if opening and self.format != "table":
             print(opening, file=sys.stderr)
         colour = self.file is None and not self.no_color and _colours_wanted(sys.stdout)

@@ -73,7 +73,6 @@ def inspect(
 
     A checkpoint holds no gradients, but its optimizer remembers how large they were after clipping.
     """
-    from gradscope import inspection
     from gradscope.commands.destination import Destination
     from gradscope.commands.reading import choose_source, reading_progress
 
@@ -82,6 +81,9 @@ def inspect(
     chosen_groups = options.parse_groups(groups)
     limit = None if max_norm is None else options.parse_number("--max-norm", max_norm)
     source, opening = choose_source(paths, as_, quiet)
-    with reading_progress(quiet) as progress:
+    with reading_progress(quiet) as progress, source.reading_ahead(progress):
+        # Loaded while the first step is being read: on a large file that is the time they take.
+        from gradscope import inspection, views  # noqa: F401
+
         result = inspection.inspect(source, steps=steps, groups=chosen_groups, max_norm=limit, at=at, progress=progress)
     destination.show(result, opening, by=by.value, top=top, sort=sort.value)

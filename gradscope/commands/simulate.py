@@ -81,14 +81,16 @@ def simulate(
     chosen = chosen_policies(max_norm or (), clip_value or (), policy or ())
     chosen_groups = options.parse_groups(groups)
 
-    from gradscope import simulation
     from gradscope.commands.destination import Destination
     from gradscope.commands.reading import choose_source, reading_progress
 
     destination = Destination(format_.value, output, no_color, quiet)
     destination.refuse_unusable([*(paths or []), *([weights] if weights else [])])
     source, opening = choose_source(paths, as_, quiet, weights)
-    with reading_progress(quiet) as progress:
+    with reading_progress(quiet) as progress, source.reading_ahead(progress):
+        # Loaded while the first step is being read: on a large file that is the time they take.
+        from gradscope import simulation, views  # noqa: F401
+
         result = simulation.simulate(
             source,
             chosen,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from gradscope.sources.formats.contents import Contents, read_contents
 from gradscope.sources.formats.numpy_arrays import BITS
 from gradscope.sources.formats.safetensors_files import merge_shards
 from gradscope.sources.gradient_names import NamedTensors, gradients_of
+from gradscope.sources.read_ahead import ReadAhead
 from gradscope.sources.step_files import StepFile
 from gradscope.sources.stored import MemoryTensor, StoredTensor, read, scan
 from gradscope.tensors import ClipGroup, TensorInfo
 
 GROUP = "all"
+# Less than this is read before a thread has started.
+WORTH_A_THREAD = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class GradientDumps(GradientSource):
     dumps: tuple[DumpedStep, ...] = ()
     first: NamedTensors | None = field(default=None, repr=False)
     weight_source: GradientSource | None = field(default=None, repr=False)
+    ahead: ReadAhead[GradientStep] | None = field(default=None, repr=False, init=False)
 
     @classmethod
     def of(
@@ -99,11 +104,37 @@ class GradientDumps(GradientSource):
         Raises:
             GradscopeError: a file is unreadable, or disagrees with the first in names or shapes.
         """
-        total = sum(info.numel * BITS[info.dtype].itemsize for info in self.tensors)
+        total = self._step_bytes
         for done, position in enumerate(steps):
-            tensors = self._load(position)
-            spectra = scan(tensors, _part_of(progress, done * total, len(steps) * total))
-            yield GradientStep.from_spectra(position, self.dumps[position].label, spectra, _reader(tensors))
+            if position == 0 and self.ahead is not None:
+                ahead, self.ahead = self.ahead, None
+                yield ahead.result()
+                continue
+            yield self._read_step(position, _part_of(progress, done * total, len(steps) * total))
+
+    @contextmanager
+    def reading_ahead(self, progress: Progress | None = None) -> Iterator[None]:
+        """Within this context the first step is read in the background, if it is worth a thread."""
+        if self._step_bytes < WORTH_A_THREAD:
+            yield
+            return
+        # Of many steps the first is too small a part to be told of.
+        told = progress if len(self.dumps) == 1 else None
+        ahead = self.ahead = ReadAhead(lambda tell: self._read_step(0, tell), told)
+        try:
+            yield
+        finally:
+            ahead.stop()
+            self.ahead = None
+
+    def _read_step(self, position: int, progress: Progress | None) -> GradientStep:
+        tensors = self._load(position)
+        spectra = scan(tensors, progress)
+        return GradientStep.from_spectra(position, self.dumps[position].label, spectra, _reader(tensors))
+
+    @property
+    def _step_bytes(self) -> int:
+        return sum(info.numel * BITS[info.dtype].itemsize for info in self.tensors)
 
     def weights(self, progress: Progress | None = None) -> Weights | None:
         """The parameters: those given beside the dumps, or those found in the first of them if it has all."""
