@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from gradscope.commands.overwriting import refuse_overwriting
 from gradscope.errors import GradscopeError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Destination:
     quiet: bool
 
     def refuse_unusable(self, inputs: Sequence[str]) -> None:
-        """Find out before a long read that the file cannot be written.
+        """Find out before a long read that the file cannot be written, or holds what must not be lost.
 
         Raises GradscopeError.
         """
@@ -47,8 +48,7 @@ class Destination:
         parent = os.path.dirname(os.path.realpath(self.file))
         if not os.path.isdir(parent):
             raise GradscopeError(f"-o {self.file}", f"there is no directory {parent}")
-        if any(os.path.exists(path) and os.path.realpath(path) == os.path.realpath(self.file) for path in inputs):
-            raise GradscopeError(f"-o {self.file}", "is the input; it would be overwritten")
+        refuse_overwriting(self.file, inputs)
 
     def show(
         self, result: Result, opening: str, *, by: By = "layer", top: int | None = None, sort: Sort = "share"
