@@ -246,13 +246,14 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLayer:
-    """Means over the finite steps; ``clipped_elements`` is their total."""
+    """Means over the finite steps; ``clipped_elements`` is their total, off by ``clipped_elements_error`` at most."""
 
     name: str
     clip_rate: float
     scale: float
     direction_change_deg: float
-    clipped_elements: float
+    clipped_elements: int
+    clipped_elements_error: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +271,9 @@ class PolicyResult:
 
     ``scale`` is (g·c)/‖g‖², the factor by which the gradient's own direction was kept, which for a policy that
     multiplies by one factor is that factor; ``norm_ratio`` is ‖c‖/‖g‖.  ``clip_rate_ci95`` is None where there are too
-    few independent steps; ``effective_steps`` is the sample size behind it.  ``recent`` is the newest part of the run.
-    ``roles`` are given where one norm is taken over an actor and a critic together.
+    few independent steps; ``effective_steps`` is the sample size behind it.  ``clipped_elements`` is over all steps and
+    surely within ``clipped_elements_error`` of the truth, 0 where it is exact.  ``recent`` is the newest part of the
+    run.  ``roles`` are given where one norm is taken over an actor and a critic together.
     """
 
     policy: str
@@ -284,12 +286,13 @@ class PolicyResult:
     norm_ratio: Spread
     direction_change_deg: Spread | None
     direction_change_error_deg: float
-    clipped_elements: float
+    clipped_elements: int
     groups: tuple[PolicyGroup, ...]
     phases: tuple[Phase, ...]
     recent: RecentClipping
     layers: tuple[PolicyLayer, ...]
     roles: tuple[RoleClipping, ...]
+    clipped_elements_error: int = 0
 
 
 @dataclass(frozen=True, slots=True)

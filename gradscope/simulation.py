@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope import results
+from gradscope.clipped_count import exactly
 from gradscope.clipping.effect import Effect, Series
 from gradscope.clipping.layout import Partition, TensorLayout
 from gradscope.clipping.moments import Moments
@@ -193,6 +194,7 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
     clipped = effect.joint.triggered[:, 0]
     interval, effective = clip_rate_interval(clipped, run.largest_norms)
     layers = effect.layers
+    elements = sum(layers.clipped, exactly(0))
     return results.PolicyResult(
         policy=policy.label,
         threshold=policy.threshold,
@@ -204,7 +206,8 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
         norm_ratio=Spread.of(effect.joint.norm_ratio),
         direction_change_deg=_angles(effect.joint, 0) if _has_direction(effect.joint) else None,
         direction_change_error_deg=effect.angle_error,
-        clipped_elements=float(layers.clipped_elements.sum()),
+        clipped_elements=elements.likely,
+        clipped_elements_error=elements.error,
         groups=_policy_groups(effect.groups, run),
         phases=tuple(_phase(phase, effect, run, last=phase is phases[-1]) for phase in phases),
         recent=_recent_clipping(clipped, run),
@@ -214,7 +217,8 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
                 clip_rate=float(layers.clip_rate[i]),
                 scale=float(layers.scale[i]),
                 direction_change_deg=float(layers.angle[i]),
-                clipped_elements=float(layers.clipped_elements[i]),
+                clipped_elements=layers.clipped[i].likely,
+                clipped_elements_error=layers.clipped[i].error,
             )
             for i, name in enumerate(run.layout.layers.names)
         ),

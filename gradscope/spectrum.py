@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope._kernels import Scanner, clip_sums
+from gradscope.clipped_count import Bin, ClippedCount, exactly
 from gradscope.errors import GradscopeError
 from gradscope.value_clip import POINT_ROUNDING, Straddle, ValueClip, exact_sum
 
@@ -210,7 +211,8 @@ class MagnitudeSpectrum:
             points = np.array_equal(self.lower, self.upper)
             return ValueClip.none(v, energy, POINT_ROUNDING if points else _SCAN_ROUNDING)
         if not energy < math.inf:
-            return ValueClip(v, energy, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, 0, self.numel, 1.0)
+            clipped = self._clipped(v, math.inf)
+            return ValueClip(v, energy, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, clipped, 1.0)
         straddling, n, s, square, above, below = clip_sums(
             self.lower, self.upper, self.count, self.sum_abs, self.bin_sum_squares, v
         )
@@ -225,9 +227,8 @@ class MagnitudeSpectrum:
         above_least = min(max(above[1], least - below[2] - inside.scatter_most), above_most)
         below_most = min(below[2], max(most - above[1] - inside.scatter_least, below[1]))
         below_least = min(max(below[1], least - above[2] - inside.scatter_most), below_most)
-        split = inside.split(
-            v, max(inside.scatter_least, least - above[2] - below[2]), max(most - above[1] - below[1], 0.0)
-        )
+        scatter_inside = max(most - above[1] - below[1], 0.0)
+        split = inside.split(v, max(inside.scatter_least, least - above[2] - below[2]), scatter_inside)
         # The scatter above v and in its bin are two parts of one known whole, which sharpens the sum of both.
         square_lo = max(above_least + split.square_lo, least - below_most + split.around - split.missed_hi)
         square_hi = min(above_most + split.square_hi, most - below_least + split.around - split.missed_lo)
@@ -243,19 +244,19 @@ class MagnitudeSpectrum:
             square + max(square_hi, square_lo) + square_off,
             (kept + below_least + split.kept_lo) * (1 - 2.0**-49),
             (kept + below_most + split.kept_hi) * (1 + 2.0**-49),
-            int(n) + split.n_lo - self._perhaps_at(v),
-            int(n) + split.n_hi,
+            self._clipped(v, min(inside.scatter_most, scatter_inside)),
             slack / energy if energy else 1.0,
         )
 
-    def _perhaps_at(self, v: float) -> int:
-        """How many elements of the bin that begins at ``v`` may equal it: the others make up its excess over v."""
-        k = int(np.searchsorted(self.lower, v))
-        if k == self.lower.size or self.lower[k] != v or self.upper[k] == v:
-            return 0
-        count, width = int(self.count[k]), min(float(self.upper[k]), self.max_abs) - v
-        excess = max(float(self.sum_abs[k]) - count * v, 0.0) * (1 - 1e-12)
-        return count - min(math.ceil(excess / width - 1e-9), count)
+    def _clipped(self, v: float, scatter_most: float) -> ClippedCount:
+        """The elements above ``v``; ``scatter_most`` bounds the scatter in the bin that holds it inside."""
+        k = int(np.searchsorted(self.upper, v, side="right"))
+        if k == self.lower.size or self.lower[k] > v:
+            return exactly(int(self.count[k:].sum()))
+        lower, upper = float(self.lower[k]), float(self.upper[k])
+        held = Bin(lower, upper, min(upper, self.max_abs), int(self.count[k]), float(self.sum_abs[k]))
+        inside = held.above_its_edge() if held.lower == v else held.above(v, scatter_most)
+        return exactly(int(self.count[k + 1 :].sum())) + inside
 
     def _straddle(self, k: int, v: float) -> Straddle:
         c, a = float(self.count[k]), float(self.sum_abs[k])

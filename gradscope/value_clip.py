@@ -10,8 +10,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gradscope.clipped_count import ClippedCount, exactly
+
 # How far a total may be off, relative to it, where every value is known: a few roundings.
 POINT_ROUNDING = 2.0**-50
+NOTHING = exactly(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class ValueClip:
     """What clip-by-value at ``v`` does to a gradient g, as rigorous bounds; parts of a gradient add up with ``+``.
 
     With c = clip(g): ``energy`` is ‖g‖²; ``excess`` bounds s = Σ(|g|-v)₊; ``excess_sq`` bounds S = Σ((|g|-v)₊)²;
-    ``clipped_energy`` bounds ‖c‖² = ‖g‖² - 2vs - S; ``clipped`` bounds the number of elements with |g| > v.
+    ``clipped_energy`` bounds ‖c‖² = ‖g‖² - 2vs - S; ``clipped`` counts the elements with |g| > v.
     ``rounding`` is how far ``energy`` may be off, relative to it.
     """
 
@@ -31,14 +34,13 @@ class ValueClip:
     excess_sq_hi: float
     clipped_energy_lo: float
     clipped_energy_hi: float
-    clipped_lo: int
-    clipped_hi: int
+    clipped: ClippedCount
     rounding: float
 
     @classmethod
     def none(cls, v: float, energy: float = 0.0, rounding: float = 0.0) -> ValueClip:
         """The clip of a gradient that holds nothing above ``v``."""
-        return cls(v, energy, 0.0, 0.0, 0.0, 0.0, energy * (1 - rounding), energy * (1 + rounding), 0, 0, rounding)
+        return cls(v, energy, 0.0, 0.0, 0.0, 0.0, energy * (1 - rounding), energy * (1 + rounding), NOTHING, rounding)
 
     def __add__(self, other: ValueClip) -> ValueClip:
         if self.v != other.v:
@@ -52,8 +54,7 @@ class ValueClip:
             self.excess_sq_hi + other.excess_sq_hi,
             self.clipped_energy_lo + other.clipped_energy_lo,
             self.clipped_energy_hi + other.clipped_energy_hi,
-            self.clipped_lo + other.clipped_lo,
-            self.clipped_hi + other.clipped_hi,
+            self.clipped + other.clipped,
             max(self.rounding, other.rounding) + 2.0**-53,
         )
 
@@ -72,8 +73,7 @@ class ValueClip:
             excess_sq_hi=exact_sum([part.excess_sq_hi for part in parts]),
             clipped_energy_lo=exact_sum([part.clipped_energy_lo for part in parts]),
             clipped_energy_hi=exact_sum([part.clipped_energy_hi for part in parts]),
-            clipped_lo=sum(part.clipped_lo for part in parts),
-            clipped_hi=sum(part.clipped_hi for part in parts),
+            clipped=sum((part.clipped for part in parts), NOTHING),
             rounding=max(part.rounding for part in parts) + 2.0**-53,
         )
 
@@ -159,8 +159,6 @@ class Split:
     missed_hi: float
     kept_lo: float
     kept_hi: float
-    n_lo: int
-    n_hi: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +180,15 @@ class Straddle:
         return cls(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def split(self, v: float, scatter_least: float, scatter_most: float) -> Split:
-        """Bounds on s = Σ(x-v)₊, S = Σ((x-v)₊)², Σmin(x,v)² and the elements above v.
+        """Bounds on s = Σ(x-v)₊, S = Σ((x-v)₊)² and Σmin(x,v)².
 
         With t = Σ(v-x)₊ and R = Σ((v-x)₊)², s - t = a - cv and S + R = M, the scatter around v.  Below and above v lie
         at most v - lower and upper - v away, so R <= (v - lower)t and S <= (upper - v)s; Cauchy-Schwarz gives
         S >= s²/c and R >= t²/c.  s is at most the chord (mass at the ends) and Scarf's ½(√(cM) + a - cv).
         """
-        c, a = self.count, self.sum_abs
+        c = self.count
         if c == 0.0:
-            return Split(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0)
+            return Split(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         lower, upper = self.lower, self.upper
         below, over = v - lower, upper - v
         d = c * (self.mean - v)
@@ -200,26 +198,12 @@ class Straddle:
         s_lo = max(0.0, d, (around_least + below * d) / (upper - lower))
         s_hi = max(min(c * (self.mean - lower) * over / (upper - lower), (math.sqrt(c * around_most) + d) / 2), s_lo)
         t_lo, t_hi = max(s_lo - d, 0.0), max(s_hi - d, 0.0)
-        n_hi = min(c, math.floor(c * (self.mean - lower) / below * (1 + 1e-12) + 1e-9))
-        n_lo = max(0.0, c - math.floor(c * (upper - self.mean) / over * (1 + 1e-12) + 1e-9), float(d > 1e-12 * a))
         square_lo = max(s_lo * s_lo / c, around_least - below * t_hi, 0.0)
         square_hi = max(min(over * s_hi, around_most - t_lo * t_lo / c), square_lo)
         kept_lo = c * (v - t_hi / c) ** 2
         kept_hi = max(c * v * v - (v + lower) * t_lo, kept_lo)
         missed_lo, missed_hi = t_lo * t_lo / c, below * t_hi
-        return Split(
-            s_lo,
-            s_hi,
-            square_lo,
-            square_hi,
-            d * d / c,
-            missed_lo,
-            missed_hi,
-            kept_lo,
-            kept_hi,
-            int(min(n_lo, n_hi)),
-            int(n_hi),
-        )
+        return Split(s_lo, s_hi, square_lo, square_hi, d * d / c, missed_lo, missed_hi, kept_lo, kept_hi)
 
 
 def exact_sum(values: list[float]) -> float:

@@ -14,16 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectrum_oracle import bfloat16_bits, exact_angle_deg, exact_clip
 
+from gradscope.clipped_count import exactly
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.value_clip import ValueClip
 
-FIELDS = ("excess", "excess_sq", "clipped_energy", "clipped")
+FIELDS = ("excess", "excess_sq", "clipped_energy")
 
 
 def check_bounds(clip: ValueClip, elements: np.ndarray, most: float) -> None:
     exact = exact_clip(elements, clip.v)
     for name in FIELDS:
         assert Fraction(getattr(clip, f"{name}_lo")) <= exact[name] <= Fraction(getattr(clip, f"{name}_hi")), name
+    assert clip.clipped.lo <= exact["clipped"] <= clip.clipped.hi
+    assert clip.clipped.lo <= clip.clipped.likely <= clip.clipped.hi
     assert abs(Fraction(clip.energy) - exact["energy"]) <= Fraction(clip.rounding) * exact["energy"]
     angle, half_width = clip.direction_change_deg()
     # atan2 and degrees() round the true angle too.
@@ -37,7 +40,7 @@ def test_the_example_of_the_specification(dtype: str) -> None:
     angle, half_width = clip.direction_change_deg()
     assert angle == pytest.approx(10.7370, abs=5e-5 if dtype != "float16" else 5e-3)
     assert half_width < 1e-8
-    assert (clip.clipped_lo, clip.clipped_hi) == (1, 1)
+    assert clip.clipped == exactly(1)
     assert clip.norm_ratio() == pytest.approx(math.sqrt(0.26 / 100.01), rel=1e-4)
     assert clip.scale() == pytest.approx(5.01 / 100.01, rel=1e-4)
 
@@ -96,7 +99,7 @@ def test_the_short_dtypes_are_exact(values: list[float], v: float, dtype: str) -
         elements = (bits.astype(np.uint32) << 16).view(np.float32)
     clip = spectrum.value_clip(v)
     check_bounds(clip, elements, 1e-5)
-    assert clip.clipped_lo == clip.clipped_hi
+    assert clip.clipped.error == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -175,7 +178,7 @@ def test_nothing_above_v_changes_nothing() -> None:
     for v in (0.5, 1.0, math.inf):
         clip = MagnitudeSpectrum.of(values).value_clip(v)
         assert clip.direction_change_deg() == (0.0, 0.0)
-        assert (clip.norm_ratio(), clip.scale(), clip.clipped_hi) == (1.0, 1.0, 0)
+        assert (clip.norm_ratio(), clip.scale(), clip.clipped) == (1.0, 1.0, exactly(0))
 
 
 @pytest.mark.parametrize("values", [[], [0.0, -0.0], [math.nan], [math.inf, 0.0]])
@@ -196,7 +199,7 @@ def test_equal_magnitudes_all_clipped_keep_their_direction() -> None:
 def test_v_at_a_bin_edge_is_sharp_for_every_quantity_but_the_scatter() -> None:
     values = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
     clip = MagnitudeSpectrum.of(values).value_clip(1.0)
-    assert clip.clipped_hi == int((np.abs(values.astype(float)) >= 1).sum())
+    assert clip.clipped.likely == int((np.abs(values.astype(float)) > 1).sum())
     assert clip.excess_hi - clip.excess_lo < 1e-11
     assert clip.direction_change_deg()[1] < 1e-3
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.clipped_count import ClippedCount
 from gradscope.clipping.layout import TensorLayout
 from gradscope.clipping.moments import Moments
 
@@ -55,16 +56,17 @@ class LayerTotals:
         self._scale = np.zeros(layers)
         self._angle = np.zeros(layers)
         self._angles = np.zeros(layers)
-        self._clipped_elements = np.zeros(layers)
+        self._clipped = np.zeros((3, layers), dtype=np.int64)
 
-    def add(self, series: Series, clipped_elements: FloatArray | float = 0.0) -> None:
-        """Take in the layers' ``series``, and the elements that were clamped in them ([layers], summed over steps)."""
+    def add(self, series: Series, clipped: Sequence[ClippedCount] = ()) -> None:
+        """Take in the layers' ``series``, and how many elements of each layer were clamped, where any could be."""
         self._steps += len(series.scale)
         self._triggered += series.triggered.sum(axis=0)
         self._scale += series.scale.sum(axis=0)
         self._angle += np.nansum(series.angle, axis=0)
         self._angles += np.isfinite(series.angle).sum(axis=0)
-        self._clipped_elements += clipped_elements
+        if clipped:
+            self._clipped += np.array([(count.lo, count.likely, count.hi) for count in clipped]).T
 
     def means(self) -> LayerMeans:
         """The means over those steps."""
@@ -74,18 +76,18 @@ class LayerTotals:
                 clip_rate=self._triggered / steps,
                 scale=self._scale / steps,
                 angle=self._angle / self._angles,
-                clipped_elements=self._clipped_elements,
+                clipped=tuple(ClippedCount(lo, likely, hi) for lo, likely, hi in self._clipped.T.tolist()),
             )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMeans:
-    """Means over the finite steps, one entry per layer (NaN where there are none); ``clipped_elements`` is a total."""
+    """Means over the finite steps, one entry per layer (NaN where there are none); ``clipped`` elements in all."""
 
     clip_rate: FloatArray
     scale: FloatArray
     angle: FloatArray
-    clipped_elements: FloatArray
+    clipped: tuple[ClippedCount, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

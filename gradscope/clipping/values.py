@@ -48,8 +48,8 @@ class _ValueReplay:
         groups = _merge(clips, self._layout.groups)
         joint = _merge(clips, self._layout.joint)
         over = step.max_abs[None] > self._clip_value
-        elements = np.array([(clip.clipped_lo + clip.clipped_hi) / 2 for clip in layers])
-        self._layers.add(_series(layers, self._layout.layers.any(over))[0], elements)
+        counts = [clip.clipped for clip in layers]
+        self._layers.add(_series(layers, self._layout.layers.any(over))[0], counts)
         self._groups.append(_series(groups, self._layout.groups.any(over))[0])
         series, error = _series(joint, self._layout.joint.any(over))
         self._joint.append(series)
