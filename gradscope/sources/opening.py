@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
-from gradscope.sources import checkpoints
 from gradscope.sources.arrays import gradients_of_module, is_module, parameters_of_module, tree_of
 from gradscope.sources.dumps import DumpedStep, GradientDumps, dumped_step, load_files
 from gradscope.sources.formats.contents import Contents, read_contents
@@ -96,7 +95,7 @@ def _open_path(path: Path, as_: str | None, weights: GradientSource | None) -> G
     if path.is_dir():
         return _open_directory(path, as_, weights)
     contents = read_contents(path)
-    recognised = checkpoints.recognise(path, contents.tree) if as_ != "gradients" else None
+    recognised = _checkpoint(path, contents, as_)
     if recognised is not None:
         return recognised
     if as_ is None and (contents.weights or has_model_config(path.parent)):
@@ -104,10 +103,22 @@ def _open_path(path: Path, as_: str | None, weights: GradientSource | None) -> G
     return _bare_tensors([dumped_step(StepFile(path.name, (path,)))], str(path), contents, as_, weights)
 
 
+def _checkpoint(path: Path, contents: Contents, as_: str | None) -> GradientSource | None:
+    """The checkpoint that a file holds, unless it can be none or is not to be taken for one."""
+    if as_ == "gradients" or contents.bare:
+        return None
+    # Loading every family takes as long as reading a policy's gradients, which need none.
+    from gradscope.sources import checkpoints
+
+    return checkpoints.recognise(path, contents.tree)
+
+
 def _open_directory(path: Path, as_: str | None, weights: GradientSource | None) -> GradientSource:
     if not os.access(path, os.R_OK | os.X_OK):
         raise GradscopeError(str(path), "permission denied")
     refuse_log_directory(path)
+    from gradscope.sources import checkpoints
+
     recognised = checkpoints.recognise_directory(path) if as_ != "gradients" else None
     if recognised is not None:
         return recognised
@@ -123,7 +134,7 @@ def _open_directory(path: Path, as_: str | None, weights: GradientSource | None)
 def _open_steps(steps: StepFiles, path: str, as_: str | None, weights: GradientSource | None) -> GradientSource:
     first = steps.steps[0]
     contents = load_files(first.paths)
-    recognised = checkpoints.recognise(first.paths[0], contents.tree) if as_ != "gradients" else None
+    recognised = _checkpoint(first.paths[0], contents, as_)
     if recognised is not None and len(steps.steps) == 1:
         return recognised
     if recognised is not None:
@@ -149,6 +160,8 @@ def _bare_tensors(
     if len(dumps) > 1:
         raise GradscopeError(path, f"names {len(dumps)} files, of which one must be the weights", "name it alone")
     tree = contents.tree if isinstance(contents.tree, dict | list | tuple | Opaque) else {ALONE: contents.tree}
+    from gradscope.sources import checkpoints
+
     source = checkpoints.weights_only(Path(path), tree, f"weights ({contents.format})")
     if not source.model:
         raise GradscopeError(path, "holds no floating-point tensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from gradscope.gradients import Progress
@@ -23,13 +22,17 @@ class ReadAhead(Generic[T]):
         self._read = read
         self._progress = progress
         self._wanted = True
-        self._future: Future[T] = Future()
+        self._found: list[T] = []
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
         self._thread.start()
 
     def result(self) -> T:
         """What was read, or the exception that was raised; waits for it."""
-        return self._future.result()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found[0]
 
     def stop(self) -> None:
         """End the reading at its next progress, if it is still going on, and wait for that."""
@@ -38,9 +41,9 @@ class ReadAhead(Generic[T]):
 
     def _run(self) -> None:
         try:
-            self._future.set_result(self._read(self._tell))
+            self._found.append(self._read(self._tell))
         except BaseException as error:  # noqa: BLE001 - raised again where the result is wanted
-            self._future.set_exception(error)
+            self._error = error
 
     def _tell(self, done_bytes: int, total_bytes: int) -> None:
         if not self._wanted:

@@ -10,9 +10,11 @@ import functools
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -85,20 +87,12 @@ def scan(tensors: Sequence[StoredTensor], progress: Progress | None = None) -> l
     piece_bytes = min(max(total // (4 * threads), _CHUNK_BYTES), _PIECE_BYTES)
     parts: list[list[MagnitudeSpectrum]] = [[] for _ in tensors]
     done = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        pending = {pool.submit(_scan_pieces, batch): batch for batch in _batches(tensors, sizes, piece_bytes)}
-        try:
-            while pending:
-                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    batch = pending.pop(future)
-                    for piece, spectrum in zip(batch, future.result(), strict=True):
-                        parts[piece.index].append(spectrum)
-                        done += piece.nbytes
-                    if progress is not None:
-                        progress(done, total)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    for batch, spectra in _in_threads(list(_batches(tensors, sizes, piece_bytes)), threads):
+        for piece, spectrum in zip(batch, spectra, strict=True):
+            parts[piece.index].append(spectrum)
+            done += piece.nbytes
+        if progress is not None:
+            progress(done, total)
     return [MagnitudeSpectrum.merge(part) for part in parts]
 
 
@@ -218,6 +212,40 @@ def _divisible(tensor: StoredTensor) -> bool:
         _check_extent(tensor, layout)
         return layout.dense and layout.repeats == 1
     return isinstance(tensor, MemoryTensor) and tensor.array.flags.c_contiguous and tensor.array.dtype.isnative
+
+
+def _in_threads(batches: list[list[_Piece]], threads: int) -> Iterator[tuple[list[_Piece], list[MagnitudeSpectrum]]]:
+    """Each batch with its spectra, as they are done; an exception of a thread is raised here.
+
+    Plain threads: concurrent.futures takes longer to load than a policy's gradients to read.
+    """
+    waiting = deque(batches)
+    finished: SimpleQueue[tuple[list[_Piece], list[MagnitudeSpectrum] | BaseException]] = SimpleQueue()
+
+    def work() -> None:
+        while waiting:
+            try:
+                batch = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                finished.put((batch, _scan_pieces(batch)))
+            except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+                finished.put((batch, error))
+
+    workers = [Thread(target=work, name=f"scan-{number}", daemon=True) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in batches:
+            batch, spectra = finished.get()
+            if isinstance(spectra, BaseException):
+                raise spectra
+            yield batch, spectra
+    finally:
+        waiting.clear()
+        for worker in workers:
+            worker.join()
 
 
 def _scan_pieces(pieces: list[_Piece]) -> list[MagnitudeSpectrum]:

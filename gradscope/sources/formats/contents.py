@@ -37,11 +37,15 @@ TENSOR_SUFFIXES = (".pth", ".pt", ".npz", ".npy", ".safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A file's tree, and the name of its format for people; ``weights`` where the format holds nothing else."""
+    """A file's tree, and the name of its format for people.
+
+    ``weights`` where the format holds nothing else; ``bare`` where it can hold nothing but named arrays.
+    """
 
     tree: Tree
     format: str
     weights: bool = False
+    bare: bool = False
 
 
 def read_contents(path: Path) -> Contents:
@@ -83,11 +87,11 @@ def _read_region(region: FileRegion, what: str, nested: bool = False) -> Content
     if head.startswith(ZIP_MAGIC) or head.startswith(EMPTY_ZIP_MAGIC):
         return _read_zip(ZipMembers(region, what), nested)
     if head.startswith(NPY_MAGIC):
-        return Contents(read_npy(region, what), "npy")
+        return Contents(read_npy(region, what), "npy", bare=True)
     if head.startswith(LEGACY_MAGIC) or head[257:262] == b"ustar":
         return Contents(read_legacy_torch(region, what), "legacy PyTorch")
     if looks_like_safetensors(head, region.size):
-        return Contents(read_safetensors(region, what), "safetensors")
+        return Contents(read_safetensors(region, what), "safetensors", bare=True)
     if re.match(rb"\x80[\x02-\x05]", head) or _is_text_pickle(head, region):
         return Contents(read_pickle(region, what, plain_constructors(region)), "pickle")
     return None
@@ -107,7 +111,7 @@ def _read_zip(members: ZipMembers, nested: bool) -> Contents:
         script = is_script(members)
         return Contents(read_torch_archive(members), "TorchScript" if script else "PyTorch", weights=script)
     if is_npz(members):
-        return Contents(read_npz(members), "npz")
+        return Contents(read_npz(members), "npz", bare=True)
     if nested or not any(name.endswith(TENSOR_SUFFIXES) for name in members.names):
         raise GradscopeError(members.what, "is a zip file without tensors")
     return Contents({name: _read_zip_member(members, name) for name in members.names}, "zip")
