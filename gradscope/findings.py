@@ -151,7 +151,7 @@ def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
         found += _clipping(simulation, result)
     found += _directions(simulation.results)
     over_both = [result for result in simulation.results if result.roles]
-    return (*dict.fromkeys(found), *(_role_dominance(over_both[0], simulation.steps) if over_both else ()))
+    return (*dict.fromkeys(found), *(_role_dominance(simulation, over_both[0]) if over_both else ()))
 
 
 def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:
@@ -170,7 +170,7 @@ def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> I
         interval = f" [{100 * low:.0f}–{100 * high:.0f}]"
     whole = length == simulation.steps
     overall = "" if whole else f" ({percent(result.clip_rate)} overall)"
-    which = f"the {count(length)} updates" if whole else f"the last {count(length)} updates"
+    which = f"the {'' if whole else 'last '}{count(length)} {step_word(simulation.source)}"
     yield f"{policy} clips {percent(recent.clip_rate)}{interval} of {which}{overall}."
 
 
@@ -205,7 +205,7 @@ def _directions(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
         yield f"Direction is kept (0°){by}; only the length changes."
 
 
-def _role_dominance(result: results.PolicyResult, steps: int) -> Iterable[str]:
+def _role_dominance(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:
     """Where one norm covers actor and critic and one of them decides it: what the other would have met alone."""
     if not result.roles:
         return
@@ -213,14 +213,19 @@ def _role_dominance(result: results.PolicyResult, steps: int) -> Iterable[str]:
     if major.share < DOMINANT_SHARE:
         return
     alone = ""
-    if steps == 1:
+    if simulation.steps == 1:
         alone = "" if minor.clip_rate_alone else f"; by itself the {minor.name} would not have been clipped"
     elif round(100 * minor.clip_rate_alone) != round(100 * result.clip_rate):
         alone = (
             f"; by itself the {minor.name} would have been clipped in {percent(minor.clip_rate_alone)} "
-            f"of the updates instead of {percent(result.clip_rate)}"
+            f"of the {step_word(simulation.source)} instead of {percent(result.clip_rate)}"
         )
     yield f"The {major.name} dominates: it holds {percent(major.share)} of the squared norm{alone}."
+
+
+def step_word(source: results.Source) -> str:
+    """What the steps of ``source`` are called: a trace follows the updates, dumps are those that somebody recorded."""
+    return "updates" if source.kind == "trace" else "steps"
 
 
 def policy_words(policy: str) -> str:

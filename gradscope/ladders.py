@@ -20,10 +20,17 @@ def norm_histogram(norms: NDArray[np.float64]) -> NormHistogram:
     """Count ``norms`` (float64 [steps], finite, ≥ 0) in at most 24 bins; a zero norm counts in the first."""
     positive = norms[norms > 0.0]
     if not len(positive):
-        return NormHistogram(edges=(0.0, 1.0), counts=(len(norms),))
-    edges = _edges(float(positive.min()), float(positive.max()))
+        only = 0.0 if len(norms) else math.nan
+        return NormHistogram(edges=(0.0, 1.0), counts=(len(norms),), smallest=only, largest=only)
+    largest = float(positive.max())
+    edges = _edges(float(positive.min()), largest)
     counts, _ = np.histogram(np.maximum(norms, edges[0]), bins=edges)
-    return NormHistogram(edges=tuple(edges), counts=tuple(int(count) for count in counts))
+    return NormHistogram(
+        edges=tuple(edges),
+        counts=tuple(int(count) for count in counts),
+        smallest=float(norms.min()),
+        largest=largest,
+    )
 
 
 def round_ladder(norms: NDArray[np.float64], given: Sequence[float]) -> list[float]:

@@ -24,13 +24,16 @@ def setting(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent that never rounds something to nothing, nor almost all to all: ``< 0.01 %``, ``99.98 %``."""
+    """A share in percent with one decimal, in prose as in tables.
+
+    It never rounds something to nothing, nor almost all to all: ``0.02 %``, ``< 0.01 %``, ``99.98 %``.
+    """
     if math.isnan(share):
         return "nan"
     value = 100 * share
     if value in (0, 100):
         return f"{value:.0f} %"
-    for decimals in (0, 1, 2) if 10 <= value <= 90 else (1, 2):
+    for decimals in (1, 2):
         text = f"{value:.{decimals}f}"
         if 0 < float(text) < 100:
             return f"{text} %"

@@ -307,10 +307,15 @@ class RecentClipping:
 
 @dataclass(frozen=True, slots=True)
 class NormHistogram:
-    """Counts of finite steps by the largest clip-group norm; ``edges`` has one entry more than ``counts``."""
+    """Counts of finite steps by the largest clip-group norm; ``edges`` has one entry more than ``counts``.
+
+    ``smallest`` and ``largest`` are the least and the greatest of those norms; NaN where no step is finite.
+    """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+    smallest: float
+    largest: float
 
 
 @dataclass(frozen=True, slots=True)

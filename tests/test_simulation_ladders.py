@@ -20,6 +20,7 @@ def test_a_histogram_covers_every_norm_in_at_most_24_bins(norms: list[float]) ->
     assert (np.diff(edges) > 0).all()
     assert 1 <= len(histogram.counts) <= 24
     assert sum(histogram.counts) == len(norms)
+    assert (histogram.smallest, histogram.largest) == (min(norms), max(norms))
     positive = [norm for norm in norms if norm > 0]
     if positive:
         assert edges[0] <= min(positive)

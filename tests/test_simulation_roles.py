@@ -21,7 +21,7 @@ def test_the_role_that_decides_the_norm_is_said() -> None:
     assert abs(actor.share + critic.share - 1.0) < 1e-12
     assert any(
         "The critic dominates: it holds 99.96 % of the squared norm; by itself the actor would have been clipped "
-        "in 20 % of the updates instead of 100 %." in sentence
+        "in 20.0 % of the steps instead of 100 %." in sentence
         for sentence in simulation.findings
     )
 

@@ -32,7 +32,7 @@ def test_every_row_has_as_many_cells_as_its_header() -> None:
 
 def test_findings_are_a_list() -> None:
     text = markdown(simulation(policy("norm:0.5", 0.5)))
-    assert "\n- max_norm 0.5 clips 25 %" in text
+    assert "\n- max_norm 0.5 clips 25.0 %" in text
     assert text.rstrip().endswith("Replay: another threshold would have trained another policy.")
 
 

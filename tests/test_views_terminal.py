@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from view_samples import LAYERS, checkpoint, gradients, policy, simulation
 
 from gradscope import results
+from gradscope.findings import simulation_findings
 from gradscope.notation import number
 from gradscope.printable import printable
 from gradscope.spread import Spread
@@ -72,7 +73,9 @@ def simulations(draw: st.DrawFn) -> results.Simulation:
         simulation(*made, sweep=draw(st.booleans())),
         norm=draw(SPREADS),
         source=results.Source(draw(NAMES), "gradients", draw(NAMES), 100),
-        norm_histogram=results.NormHistogram(tuple(1.2**i for i in range(len(counts) + 1)), tuple(counts)),
+        norm_histogram=results.NormHistogram(
+            tuple(1.2**i for i in range(len(counts) + 1)), tuple(counts), draw(FLOATS), draw(FLOATS)
+        ),
         suggested_max_norm=suggestion,
         findings=(draw(NAMES),),
         notes=(draw(NAMES),),
@@ -169,9 +172,32 @@ def test_the_simulation_screen_of_one_policy_shows_its_phases() -> None:
 def test_suggestions_are_rounded_up_so_that_they_clip_no_more_than_they_promise() -> None:
     result = replace(
         simulation(),
-        suggested_max_norm={"steps": (0, 9), "0.50": 0.9991, "0.10": 1.001, "0.05": 9.996, "0.01": 12341.0},
+        suggested_max_norm={"steps": (0, 99), "0.50": 0.9991, "0.10": 1.001, "0.05": 9.996, "0.01": 12341.0},
     )
     assert "10 % of recent updates use 1.01; 5 %: 10.0; 1 %: 12,400; 50 %: 1.00." in table(result)
+
+
+def test_a_share_of_less_than_one_step_is_no_suggestion() -> None:
+    few = {"steps": (7936, 7999), "0.50": 0.31, "0.10": 3.16, "0.05": 5.7, "0.01": 14.1}
+    dumps = results.Source("grads", "gradients", "gradient dumps (safetensors)", 8000)
+    text = " ".join(table(replace(simulation(), suggested_max_norm=few, source=dumps)).split())
+    assert "To clip 10 % of recent steps use 3.16; 5 %: 5.70; 50 %: 0.310; 1 %: more steps needed." in text
+    # One of the 20 steps is not finite: 5 % of the other 19 is less than one step.
+    broken = (results.NonfiniteStep(7999, "step_7999", ("w",), ()),)
+    few = {**few, "steps": (7980, 7999)}
+    text = " ".join(table(replace(simulation(), suggested_max_norm=few, nonfinite=broken)).split())
+    assert "To clip 10 % of recent updates use 3.16; 50 %: 0.310; 5 %, 1 %: more updates needed." in text
+
+
+def test_dumps_are_steps_and_no_updates() -> None:
+    dumps = results.Source("grads", "gradients", "gradient dumps (safetensors)", 8000)
+    base = replace(simulation(policy("norm:0.5", 0.5), sweep=True), source=dumps)
+    text = table(replace(base, findings=simulation_findings(base)))
+    assert text.startswith("grads: 8,000 steps, gradient dumps (safetensors)\n")
+    assert "of the last 1,000 steps (75.0 % overall)" in text
+    assert re.search(r"^ +steps +clipped +median norm", text, re.M)
+    assert "norms of 5,969 steps" in text
+    assert "update" not in text
 
 
 def test_several_policies_are_set_side_by_side() -> None:

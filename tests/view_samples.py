@@ -172,7 +172,7 @@ def simulation(*policies: results.PolicyResult, sweep: bool = False) -> results.
         nonfinite=(),
         norm=spread(1.1),
         norm_histogram=results.NormHistogram(
-            tuple(0.1 * 1.5**i for i in range(13)), (3, 40, 900, 1500, 700, 300, 100, 20, 5, 400, 2000, 1)
+            tuple(0.1 * 1.5**i for i in range(13)), (3, 40, 900, 1500, 700, 300, 100, 20, 5, 400, 2000, 1), 0.112, 12.1
         ),
         results=policies,
         sweep=tuple(results.SweepRow(x, 1 / (1 + x), 0.5 / (1 + x), min(1.0, x / 5)) for x in (0.1, 0.5, 1, 5, 10))

@@ -1,4 +1,4 @@
-"""How numbers look in the cells of a table: aligned, three digits, nothing rounded to nothing."""
+"""How numbers look in the cells of a table, beside what ``notation`` says for every place."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from gradscope.notation import number, percent
 T = TypeVar("T")
 
 
-def share(value: float) -> str:
-    """A share with one decimal, so that a column of them aligns; the ends stay apart from 0 and 100."""
-    text = f"{100 * value:.1f}"
-    return f"{text} %" if 0 < float(text) < 100 else percent(value)
-
-
 def consistency(value: float) -> str:
     """An estimate in percent: noise can take it below 0, and its two windows above 100."""
-    return f"{number(100 * value, 2)} %"
+    if value <= 0:
+        return "none"
+    return percent(value) if value < 1 else f"{100 * value:.1f} %"
 
 
 def factor(value: float) -> str:

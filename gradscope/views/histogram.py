@@ -15,21 +15,22 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def histogram_lines(histogram: Histogram, choices: ViewChoices) -> Iterator[Line]:
-    """``histogram`` upright: HEIGHT lines of columns, the outer edges below, then one line per mark."""
+    """``histogram`` upright: HEIGHT lines of columns, the smallest and largest value below, then the marks."""
     if not any(histogram.counts):
         return
-    left, right = number(histogram.edges[0]), number(histogram.edges[-1])
-    each = max(1, min(3, (choices.width - len(MARGIN)) // len(histogram.counts)))
+    left, right = number(histogram.smallest), number(histogram.largest)
+    width = choices.width - len(MARGIN)
+    each = max(1, min(3, width // len(histogram.counts)))
     span = each * len(histogram.counts)
     yield [(MARGIN + histogram.title, "dim")]
     tallest = max(histogram.counts)
     for level in reversed(range(HEIGHT)):
         cells = (_cell(count / tallest, level, choices.unicode) * each for count in histogram.counts)
-        yield [(MARGIN, ""), ("".join(cells).rstrip(), "cyan")]
+        yield [(MARGIN, ""), ("".join(cells).rstrip(), "")]
     yield [(MARGIN + left + right.rjust(max(len(right) + 1, span - len(left))), "dim")]
     pointer = "▲" if choices.unicode else "^"
     for label, value in histogram.marks:
-        yield [(MARGIN + _mark(pointer, label, _position(histogram, value, each), choices.width - len(MARGIN)), "")]
+        yield from ([(MARGIN + line, "")] for line in _mark(pointer, label, _position(histogram, value, each), width))
 
 
 def _cell(height: float, level: int, unicode: bool) -> str:
@@ -56,8 +57,10 @@ def _position(histogram: Histogram, value: float, each: int) -> int:
     return min(last, int(each * (bin_ + inside)))
 
 
-def _mark(pointer: str, label: str, position: int, width: int) -> str:
-    """A pointer below ``position`` with its label on the side that has room."""
+def _mark(pointer: str, label: str, position: int, width: int) -> list[str]:
+    """A pointer below ``position`` with its label on the side that has room, else beneath it."""
     if position + 2 + len(label) <= width:
-        return " " * position + f"{pointer} {label}"
-    return " " * max(0, position - 1 - len(label)) + f"{label} {pointer}"
+        return [" " * position + f"{pointer} {label}"]
+    if len(label) < position:
+        return [" " * (position - 1 - len(label)) + f"{label} {pointer}"]
+    return [" " * position + pointer, label]

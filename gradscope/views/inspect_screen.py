@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from gradscope import results
-from gradscope.notation import count, names, number, setting
-from gradscope.views.cells import consistency, known, share
+from gradscope.notation import count, names, number, percent, setting
+from gradscope.views.cells import consistency, known
 from gradscope.views.choices import By, ViewChoices
 from gradscope.views.nonfinite_sentences import nonfinite_sentences
 from gradscope.views.norm_rows import (
@@ -161,8 +161,8 @@ def _clip_group_table(groups: Sequence[tuple[results.OptimizerReport, results.Op
                 f"{optimizer.name}: {group.name}" if several else group.name,
                 known(group.max_norm, setting),
                 known(group.recent_norm, number),
-                known(group.clipped_share_at_most, share),
-                known((group.at_limit_share_at_least or {}).get("0.9"), share),
+                known(group.clipped_share_at_most, percent),
+                known((group.at_limit_share_at_least or {}).get("0.9"), percent),
                 known(group.mean_norm, number),
                 known(group.consistency, consistency),
             )

@@ -28,6 +28,7 @@ def escaped(text: str) -> str:
 
 def _paragraphs(blocks: Sequence[Block]) -> Iterator[list[str]]:
     listed: list[str] = []
+    said: set[str] = set()
     for block in blocks:
         if isinstance(block, Sentence) and block.finding:
             listed.append(f"- {escaped(block.text)}")
@@ -35,12 +36,12 @@ def _paragraphs(blocks: Sequence[Block]) -> Iterator[list[str]]:
         if listed:
             yield listed
             listed = []
-        yield from _paragraph(block)
+        yield from _paragraph(block, said)
     if listed:
         yield listed
 
 
-def _paragraph(block: Block) -> Iterator[list[str]]:
+def _paragraph(block: Block, said: set[str]) -> Iterator[list[str]]:
     if isinstance(block, Sentence):
         text = escaped(block.text)
         yield [f"**{text}**" if block.tone == "strong" else text]
@@ -48,8 +49,8 @@ def _paragraph(block: Block) -> Iterator[list[str]]:
         if block.title:
             yield [f"**{escaped(block.title)}**"]
         yield _table_lines(block)
-        if block.caption:
-            yield [f"_{escaped(block.caption)}_"]
+        if footnote := block.footnote(block.columns, said):
+            yield [f"_{escaped(footnote)}_"]
     else:
         yield _histogram_lines(block)
 
@@ -72,7 +73,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _histogram_lines(histogram: Histogram) -> list[str]:
     total, tallest = sum(histogram.counts), max(histogram.counts)
-    lines = ["| norm | updates | share | |", "|---:|---:|---:|---|"]
+    lines = ["| norm | count | share | |", "|---:|---:|---:|---|"]
     bins = zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False)
     lines += [
         _line([f"{number(low)} – {number(high)}", count(n), percent(n / total), bar_text(n / tallest, _BAR_WIDTH)])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from gradscope import results
-from gradscope.notation import count, number
-from gradscope.views.cells import consistency, known, share
+from gradscope.notation import count, number, percent
+from gradscope.views.cells import consistency, known
 from gradscope.views.norm_rows import NormRow
 from gradscope.views.screen import Column, Row, Table
 
@@ -107,5 +107,5 @@ def _shape(row: NormRow) -> str:
     return ("×".join(map(str, row.tensor.shape)) or "scalar") if row.tensor else ""
 
 
-SHARE = Field(Column("share"), lambda row: known(row.share, share))
+SHARE = Field(Column("share"), lambda row: known(row.share, percent))
 ELEMENTS = Field(Column("elements", spare=6), lambda row: known(row.numel, count))

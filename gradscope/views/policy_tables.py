@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from gradscope import results
-from gradscope.findings import policy_words
-from gradscope.notation import angle, count, number
-from gradscope.views.cells import factor, share
+from gradscope.findings import policy_words, step_word
+from gradscope.notation import angle, count, names, number, percent
+from gradscope.views.cells import factor
 from gradscope.views.screen import Column, Row, Table
 
 MOST_LAYERS = 8
@@ -15,67 +17,112 @@ MOST_LAYERS = 8
 WORTHWHILE_ERROR_DEG = 0.005
 _LAYERWISE_POLICIES = {"value", "agc", "per-layer-norm", "per-tensor-norm", "block-rms"}
 _DIRECTION_KEPT_DEG = 1e-6
+_SCALE = "scale: the share of the gradient's own direction that is kept, (g·c)/‖g‖²"
+_UNKNOWN = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A column of a table of policies and how a policy fills it."""
+
+    column: Column
+    text: Callable[[results.PolicyResult], str]
 
 
 def policy_table(simulation: results.Simulation) -> Table:
     """One row per policy: how often it clips, what it leaves of the length, how far it turns the direction."""
     policies = simulation.results
-    recent = policies[0].recent.steps
-    length = recent[1] - recent[0] + 1
-    whole = length >= simulation.steps
-    columns = [Column("policy", "left"), Column("clipped" if whole else f"last {count(length)}"), Column("95 %")]
-    columns += [] if whole else [Column("overall")]
-    columns += [Column("length"), Column("direction"), Column("at most")]
-    uncertain = any(policy.direction_change_error_deg >= WORTHWHILE_ERROR_DEG for policy in policies)
-    columns += [Column("±", spare=3)] if uncertain else []
-    columns += [Column("scale", spare=4), Column("elements clipped", spare=5), Column("independent", spare=6)]
-    rows = []
-    for policy in policies:
-        change = policy.direction_change_deg
-        cells = [policy_words(policy.policy), share(policy.recent.clip_rate), _interval(policy.recent.clip_rate_ci95)]
-        cells += [] if whole else [share(policy.clip_rate)]
-        cells += [factor(policy.norm_ratio.p50)]
-        cells += [angle(change.p50), angle(change.max)] if change else ["–", "–"]
-        cells += [angle(policy.direction_change_error_deg)] if uncertain else []
-        cells += [factor(policy.scale.p50), count(policy.clipped_elements), count(policy.recent.effective_steps)]
-        rows.append(Row(tuple(cells)))
-    caption = "length: median share of the norm that is kept; direction: median change"
-    return Table(tuple(columns), tuple(rows), caption=caption)
+    fields = [_NAME, *_rate_fields(simulation), _LENGTH, _DIRECTION, _LARGEST_ANGLE]
+    if any(policy.direction_change_error_deg >= WORTHWHILE_ERROR_DEG for policy in policies):
+        fields.append(Field(Column("±", spare=5), lambda policy: angle(policy.direction_change_error_deg)))
+    fields.append(Field(Column("scale", spare=6, note=_SCALE), lambda policy: factor(policy.scale.p50)))
+    if any(policy.clipped_elements for policy in policies):
+        fields.append(_ELEMENTS)
+    fields.append(Field(Column("independent", spare=8), lambda policy: count(policy.recent.effective_steps)))
+    return _table(fields, policies)
 
 
 def one_step_table(policies: Sequence[results.PolicyResult]) -> Table:
     """One row per policy for a single gradient: what became of it, with five digits."""
-    titles = ("clipped", "length kept", "scale", "direction", "±")
-    rows = []
-    for policy in policies:
-        change = policy.direction_change_deg
-        cells = [policy_words(policy.policy), "yes" if policy.clipped_steps else "no"]
-        cells += [f"{number(policy.norm_ratio.max, 5)}×", f"{number(policy.scale.max, 5)}×"]
-        cells += [f"{number(change.max, 5)}°" if change else "–", angle(policy.direction_change_error_deg)]
-        rows.append(Row(tuple(cells)))
-    return Table((Column("policy", "left"), *(Column(title) for title in titles)), tuple(rows))
+    fields = [
+        _NAME,
+        Field(Column("clipped"), lambda policy: "yes" if policy.clipped_steps else "no"),
+        Field(Column("length kept", spare=2), lambda policy: f"{number(policy.norm_ratio.max, 5)}×"),
+        Field(Column("scale", spare=1, note=_SCALE), lambda policy: f"{number(policy.scale.max, 5)}×"),
+        Field(Column("direction"), lambda policy: _angle(policy, "max", lambda degrees: f"{number(degrees, 5)}°")),
+        Field(Column("±", spare=3), lambda policy: angle(policy.direction_change_error_deg)),
+    ]
+    return _table(fields, policies)
+
+
+def _table(fields: Sequence[Field], policies: Sequence[results.PolicyResult]) -> Table:
+    rows = tuple(Row(tuple(field.text(policy) for field in fields)) for policy in policies)
+    return Table(tuple(field.column for field in fields), rows)
+
+
+def _rate_fields(simulation: results.Simulation) -> list[Field]:
+    first, last = simulation.results[0].recent.steps
+    length = last - first + 1
+    whole = length >= simulation.steps
+    recent = Field(
+        Column("clipped" if whole else f"last {count(length)}"), lambda policy: percent(policy.recent.clip_rate)
+    )
+    interval = Field(Column("95 %", spare=3), lambda policy: _interval(policy.recent.clip_rate_ci95))
+    overall = Field(Column("overall", spare=2), lambda policy: percent(policy.clip_rate))
+    return [recent, interval] if whole else [recent, interval, overall]
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:
-    return "–" if bounds is None else f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f} %"
+    return _UNKNOWN if bounds is None else f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f} %"
 
 
-def phase_table(policies: Sequence[results.PolicyResult], width: int) -> Table:
+def _angle(policy: results.PolicyResult, of: Literal["p50", "max"], text: Callable[[float], str] = angle) -> str:
+    change = policy.direction_change_deg
+    if change is None:
+        return _UNKNOWN
+    return text(change.p50 if of == "p50" else change.max)
+
+
+def _clipped_elements(clipped: results.PolicyResult | results.PolicyLayer) -> str:
+    return f"{'≈ ' if clipped.clipped_elements_error else ''}{count(clipped.clipped_elements)}"
+
+
+def _policy_elements(policy: results.PolicyResult) -> str:
+    """A policy that multiplies whole tensors clips no single element."""
+    return _clipped_elements(policy) if policy.policy.startswith("value:") else _UNKNOWN
+
+
+_NAME = Field(Column("policy", "left"), lambda policy: policy_words(policy.policy))
+_LENGTH = Field(
+    Column("length", spare=1, note="length: median share of the norm that is kept"),
+    lambda policy: factor(policy.norm_ratio.p50),
+)
+_DIRECTION = Field(Column("direction", note="direction: median change"), lambda policy: _angle(policy, "p50"))
+_LARGEST_ANGLE = Field(Column("at most", spare=4), lambda policy: _angle(policy, "max"))
+_ELEMENTS = Field(Column("elements clipped", spare=7), _policy_elements)
+
+
+# --- over the run ----------------------------------------------------------------------------------------------------
+
+
+def phase_table(simulation: results.Simulation, width: int) -> Table:
     """The run in phases: norm and length for one policy, the clip rates side by side for several."""
+    policies = simulation.results
     spans = [phase.steps for phase in policies[0].phases]
-    rows = [[_span(phase.steps), number(phase.norm.p50)] for phase in policies[0].phases]
-    columns = [Column("updates"), Column("median norm")]
+    steps = Column(step_word(simulation.source))
     if len(policies) > 1:
         alike = [policy for policy in policies if [phase.steps for phase in policy.phases] == spans]
         rates = [(policy, [phase.clip_rate for phase in policy.phases]) for policy in alike]
-        return _side_by_side(columns, rows, rates, width)
+        rows = [[_span(phase.steps), number(phase.norm.p50)] for phase in policies[0].phases]
+        return _side_by_side([steps, Column("median norm", spare=1)], rows, rates, width)
     kept = _keeps_direction(policies[0])
-    columns = [Column("updates"), Column("clipped"), Column("median norm"), Column("length kept" if kept else "scale")]
+    last = Column("length kept", spare=1) if kept else Column("scale", spare=1, note=_SCALE)
     rows = [
-        [_span(phase.steps), share(phase.clip_rate), number(phase.norm.p50), factor(phase.scale.p50)]
+        [_span(phase.steps), percent(phase.clip_rate), number(phase.norm.p50), factor(phase.scale.p50)]
         for phase in policies[0].phases
     ]
-    return Table(tuple(columns), tuple(Row(tuple(cells)) for cells in rows))
+    columns = (steps, Column("clipped"), Column("median norm", spare=2), last)
+    return Table(columns, tuple(Row(tuple(cells)) for cells in rows))
 
 
 def _keeps_direction(policy: results.PolicyResult) -> bool:
@@ -91,29 +138,29 @@ def group_table(policies: Sequence[results.PolicyResult], width: int) -> Table:
     """The clip groups: all of one policy, or the clip rates of several side by side."""
     first = policies[0].groups
     if len(policies) > 1:
-        names = [group.name for group in first]
-        alike = [policy for policy in policies if [group.name for group in policy.groups] == names]
+        titles = [group.name for group in first]
+        alike = [policy for policy in policies if [group.name for group in policy.groups] == titles]
         rates = [(policy, [group.clip_rate for group in policy.groups]) for policy in alike]
-        rows = [[group.name, share(group.share), number(group.norm.p50)] for group in first]
-        columns = [Column("clip group", "left"), Column("share"), Column("median norm")]
+        rows = [[group.name, percent(group.share), number(group.norm.p50)] for group in first]
+        columns = [Column("clip group", "left"), Column("share", spare=1), Column("median norm", spare=2)]
         return _side_by_side(columns, rows, rates, width)
     columns = [
         Column("clip group", "left"),
         Column("clipped"),
-        Column("median norm"),
-        Column("scale"),
-        Column("direction", spare=1),
-        Column("share"),
+        Column("median norm", spare=2),
+        Column("scale", spare=3),
+        Column("direction", spare=4),
+        Column("share", spare=1),
     ]
     lines = [
         Row(
             (
                 group.name,
-                share(group.clip_rate),
+                percent(group.clip_rate),
                 number(group.norm.p50),
                 factor(group.scale.p50),
                 angle(group.direction_change_deg.p50),
-                share(group.share),
+                percent(group.share),
             ),
             bar=group.share,
         )
@@ -128,16 +175,15 @@ def _side_by_side(
     rates: Sequence[tuple[results.PolicyResult, Sequence[float]]],
     width: int,
 ) -> Table:
-    """``rows`` continued by the clip rates of as many policies as fit into ``width``."""
+    """``rows`` continued by the clip rates of as many policies as fit into ``width``, at least one."""
     titles = [policy_words(policy.policy) for policy, _ in rates]
     room = width - sum(max(len(column.title), *(len(row[i]) for row in rows)) + 2 for i, column in enumerate(columns))
-    fitting = _fitting(titles, room)
+    fitting = max(1, _fitting(titles, room))
     for title, (_, values) in zip(titles[:fitting], rates, strict=False):
         columns = [*columns, Column(title)]
-        rows = [[*row, share(value)] for row, value in zip(rows, values, strict=True)]
-    hidden = len(rates) - fitting
-    caption = f"under each policy: clipped{_more(hidden, '; ')}"
-    return Table(tuple(columns), tuple(Row(tuple(row)) for row in rows), caption=caption)
+        rows = [[*row, percent(value)] for row, value in zip(rows, values, strict=True)]
+    caption = ["under each policy: clipped", *_with_csv("", titles[fitting:])]
+    return Table(tuple(columns), tuple(Row(tuple(row)) for row in rows), caption="; ".join(caption))
 
 
 def _fitting(titles: Sequence[str], room: int) -> int:
@@ -149,10 +195,11 @@ def _fitting(titles: Sequence[str], room: int) -> int:
     return len(titles)
 
 
-def _more(policies: int, before: str = "") -> str:
-    if policies <= 0:
-        return ""
-    return f"{before}{policies} more polic{'y' if policies == 1 else 'ies'} with --format csv"
+def _with_csv(what: str, titles: Sequence[str]) -> list[str]:
+    return [f"{what}{names(list(titles))} with --format csv"] if titles else []
+
+
+# --- by layer --------------------------------------------------------------------------------------------------------
 
 
 def layer_table(policies: Sequence[results.PolicyResult]) -> Table | None:
@@ -162,27 +209,15 @@ def layer_table(policies: Sequence[results.PolicyResult]) -> Table | None:
         return None
     policy = layerwise[0]
     changed = sorted(policy.layers, key=lambda layer: (-layer.direction_change_deg, layer.scale))
-    columns = (
-        Column("layer", "left"),
-        Column("clipped"),
-        Column("scale"),
-        Column("direction"),
-        Column("elements clipped", spare=1),
-    )
-    rows = [
-        Row(
-            (
-                layer.name,
-                share(layer.clip_rate),
-                factor(layer.scale),
-                angle(layer.direction_change_deg),
-                count(layer.clipped_elements),
-            )
-        )
-        for layer in changed[:MOST_LAYERS]
-    ]
+    columns = [Column("layer", "left"), Column("clipped"), Column("scale", spare=1, note=_SCALE), Column("direction")]
+    by_element = any(layer.clipped_elements for layer in policy.layers)
+    columns += [Column("elements clipped", spare=2)] if by_element else []
+    rows = []
+    for layer in changed[:MOST_LAYERS]:
+        cells = [layer.name, percent(layer.clip_rate), factor(layer.scale), angle(layer.direction_change_deg)]
+        rows.append(Row((*cells, *[_clipped_elements(layer)] * by_element)))
     hidden = len(changed) - MOST_LAYERS
     captions = [f"{hidden} more layer{'s' * (hidden > 1)} with --format csv"] if hidden > 0 else []
-    captions += [_more(len(layerwise) - 1)] if len(layerwise) > 1 else []
+    captions += _with_csv("layers under ", [policy_words(other.policy) for other in layerwise[1:]])
     title = f"Layers under {policy_words(policy.policy)}"
-    return Table(columns, tuple(rows), title=title, caption="; ".join(captions))
+    return Table(tuple(columns), tuple(rows), title=title, caption="; ".join(captions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +13,15 @@ Line = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column.  Where room is short, columns with the highest ``spare`` go first; those with 0 stay."""
+    """One column.  Where room is short, columns with the highest ``spare`` go first; those with 0 stay.
+
+    ``note`` says what the column holds, in a footnote that goes where the column goes.
+    """
 
     title: str
     align: Literal["left", "right"] = "right"
     spare: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +42,25 @@ class Table:
     title: str = ""
     caption: str = ""
 
+    def footnote(self, columns: Iterable[Column], said: set[str]) -> str:
+        """The caption, and the notes of ``columns`` as far as they are not in ``said``, where they are put down."""
+        notes = [column.note for column in columns if column.note and column.note not in said]
+        said.update(notes)
+        return "; ".join([*notes, self.caption] if self.caption else notes)
+
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts over bins whose ``edges`` ascend; ``marks`` are named values to point at."""
+    """Counts over bins whose ``edges`` ascend, from ``smallest`` to ``largest`` value.
+
+    ``marks`` are named values to point at.
+    """
 
     title: str
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+    smallest: float
+    largest: float
     marks: tuple[tuple[str, float], ...] = ()
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 
 from gradscope import results
-from gradscope.findings import policy_words
+from gradscope.findings import policy_words, step_word
 from gradscope.notation import count, number, percent, setting
-from gradscope.views.cells import factor, share
+from gradscope.views.cells import factor
 from gradscope.views.choices import ViewChoices
 from gradscope.views.nonfinite_sentences import nonfinite_sentences
 from gradscope.views.policy_tables import group_table, layer_table, one_step_table, phase_table, policy_table
@@ -17,7 +17,12 @@ from gradscope.views.screen import Block, Column, Histogram, Row, Screen, Senten
 # Fewer norms than this are no distribution to look at.
 FEWEST_FOR_HISTOGRAM = 10
 MOST_MARKS = 4
+# In the order in which they are wanted, in percent.
+_SHARES = {"0.10": 10, "0.05": 5, "0.01": 1, "0.50": 50}
 _WHOLE_NORM_POLICIES = {"norm", "joint-norm", "skip"}
+
+
+Suggested = Mapping[str, float | tuple[int, int]]
 
 
 def simulate_screen(simulation: results.Simulation, choices: ViewChoices) -> Screen:
@@ -49,13 +54,16 @@ def _blocks(simulation: results.Simulation, choices: ViewChoices) -> Iterator[Bl
 
 def _opening(simulation: results.Simulation, choices: ViewChoices) -> str:
     start = choices.opening or simulation.source.path
-    return f"{start}: {count(simulation.steps)} update{'s' * (simulation.steps != 1)}, {simulation.source.format}"
+    steps = step_word(simulation.source)
+    steps = steps.removesuffix("s") if simulation.steps == 1 else steps
+    return f"{start}: {count(simulation.steps)} {steps}, {simulation.source.format}"
 
 
 def _norm_table(simulation: results.Simulation) -> Table:
     norm = simulation.norm
     values = {"min": norm.min, "median": norm.p50, "mean": norm.mean, "p95": norm.p95, "p99": norm.p99, "max": norm.max}
-    columns = (Column("", "left"), *(Column(title) for title in values))
+    spares = {"p99": 4, "mean": 3, "p95": 2, "min": 1}
+    columns = (Column("", "left"), *(Column(title, spare=spares.get(title, 0)) for title in values))
     return Table(columns, (Row(("norm", *(number(value) for value in values.values()))),))
 
 
@@ -69,7 +77,7 @@ def _policy_blocks(simulation: results.Simulation, choices: ViewChoices) -> Iter
     elif len(policies) > 1 or not phased:
         yield policy_table(simulation)
     if phased:
-        yield phase_table(policies, choices.width)
+        yield phase_table(simulation, choices.width)
     if any(len(policy.groups) > 1 for policy in policies):
         yield group_table(policies, choices.width)
     layers = layer_table(policies)
@@ -85,20 +93,23 @@ def _histogram(simulation: results.Simulation) -> Histogram:
         if policy.threshold is not None and policy.policy.split(":")[0] in _WHOLE_NORM_POLICIES
     ]
     return Histogram(
-        title=f"norms of {count(sum(histogram.counts))} updates, from small to large",
+        title=f"norms of {count(sum(histogram.counts))} {step_word(simulation.source)}, from small to large",
         edges=histogram.edges,
         counts=histogram.counts,
+        smallest=histogram.smallest,
+        largest=histogram.largest,
         marks=tuple(marks[:MOST_MARKS]),
     )
 
 
 def _ladder(simulation: results.Simulation) -> Table:
     all_recent = _recent_is_all(simulation)
-    columns = [Column("max_norm"), Column("clipped"), *[Column("recently")] * (not all_recent), Column("length kept")]
+    columns = [Column("max_norm"), Column("clipped"), *[Column("recently", spare=1)] * (not all_recent)]
+    columns.append(Column("length kept", spare=2))
     rows = []
     for rung in simulation.sweep:
-        recently = [] if all_recent else [share(rung.recent_clip_rate)]
-        cells = [setting(rung.max_norm), share(rung.clip_rate), *recently, factor(rung.scale)]
+        recently = [] if all_recent else [percent(rung.recent_clip_rate)]
+        cells = [setting(rung.max_norm), percent(rung.clip_rate), *recently, factor(rung.scale)]
         rows.append(Row(tuple(cells), bar=rung.clip_rate))
     return Table(tuple(columns), tuple(rows))
 
@@ -111,14 +122,13 @@ def _suggestions(simulation: results.Simulation) -> Iterator[str]:
         elif math.isfinite(simulation.norm.max):
             yield f"Any max_norm below {number(simulation.norm.max, 4)} clips this gradient."
         return
-    recent, overall = _thresholds(simulation.suggested_max_norm), _thresholds(simulation.suggested_max_norm_overall)
-    if not recent:
+    steps = step_word(simulation.source)
+    recent, overall = simulation.suggested_max_norm, simulation.suggested_max_norm_overall
+    if _recent_is_all(simulation):
+        yield from _thresholds(simulation, overall, f"To clip {{}} of the {steps} use {{}}")
         return
-    whole = _recent_is_all(simulation)
-    which = "the updates" if whole else "recent updates"
-    yield f"To clip 10 % of {which} use {recent['0.10']}; 5 %: {recent['0.05']}; " + _last_two(recent)
-    if overall and not whole and overall != recent:
-        yield f"Over the whole run: 10 %: {overall['0.10']}; 5 %: {overall['0.05']}; " + _last_two(overall)
+    yield from _thresholds(simulation, recent, f"To clip {{}} of recent {steps} use {{}}")
+    yield from _thresholds(simulation, overall, "Over the whole run: {}: {}")
 
 
 def _recent_is_all(simulation: results.Simulation) -> bool:
@@ -126,16 +136,26 @@ def _recent_is_all(simulation: results.Simulation) -> bool:
     return not isinstance(span, tuple) or span[1] - span[0] + 1 >= simulation.steps
 
 
-def _last_two(thresholds: Mapping[str, str]) -> str:
-    return f"1 %: {thresholds['0.01']}; 50 %: {thresholds['0.50']}."
+def _thresholds(simulation: results.Simulation, suggested: Suggested, start: str) -> Iterator[str]:
+    """The suggestions in three digits, rounded up: rounded down, they would clip more than they promise.
 
-
-def _thresholds(suggested: Mapping[str, float | tuple[int, int]]) -> dict[str, str]:
-    """The suggestions in three digits, rounded up: rounded down, they would clip more than they promise."""
-    values = {share: value for share, value in suggested.items() if share != "steps"}
-    if not values or not all(isinstance(value, float | int) and math.isfinite(value) for value in values.values()):
-        return {}
-    return {share: number(_rounded_up(float(value))) for share, value in values.items() if not isinstance(value, tuple)}
+    A share that is less than one step is none that was seen: the largest norm clips nothing, not 1 %.
+    """
+    span = suggested["steps"]
+    values = {
+        percents: value for share, percents in _SHARES.items() if isinstance(value := suggested.get(share), float | int)
+    }
+    if not isinstance(span, tuple) or not values or not all(map(math.isfinite, values.values())):
+        return
+    finite = span[1] - span[0] + 1 - sum(span[0] <= step.step <= span[1] for step in simulation.nonfinite)
+    told = {percents: number(_rounded_up(value)) for percents, value in values.items() if finite * percents >= 100}
+    if not told:
+        return
+    first, *others = told
+    lacking = ", ".join(f"{percents} %" for percents in values if percents not in told)
+    parts = [start.format(f"{first} %", told[first]), *(f"{percents} %: {told[percents]}" for percents in others)]
+    parts += [f"{lacking}: more {step_word(simulation.source)} needed"] if lacking else []
+    yield "; ".join(parts) + "."
 
 
 def _rounded_up(value: float) -> float:

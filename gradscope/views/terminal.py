@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from rich.cells import cell_len, chop_cells
 
@@ -13,7 +14,6 @@ from gradscope.views.screen import Block, Column, Line, Row, Screen, Sentence, T
 
 MARGIN = "  "
 GAP = 2
-NARROWEST_NAME = 10
 COMFORTABLE_NAME = 34
 NARROWEST_BAR = 6
 # Room that a column which may be spared leaves to the bar.
@@ -21,11 +21,13 @@ COMFORTABLE_BAR = 14
 WIDEST_BAR = 20
 # Prose wider than this is tiring to read.
 WIDEST_PROSE = 100
-_STYLES: dict[Tone, str] = {"plain": "", "strong": "bold", "quiet": "dim", "alarm": "red"}
+# Red alone is a colour that can be read on black and on white, whatever shades a terminal gives to the names; what
+# else stands out does so in the text's own colour.
+_STYLES: dict[Tone, str] = {"plain": "", "strong": "bold", "quiet": "dim", "alarm": "bold red"}
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _ASCII = {
-    "▸": ">", "…": "~", "–": "-", "—": "-", "−": "-", "×": "x", "°": " deg", "≤": "<=", "≥": ">=", "·": "|",
-    "±": "+/-", "→": "->", "₂": "2", "\u00a0": " ", "‖": "||", "’": "'", "“": '"', "”": '"',
+    "▸": ">", "…": "~", "–": "-", "—": "-", "−": "-", "×": "x", "°": " deg", "≤": "<=", "≥": ">=", "≈": "~", "·": "|",
+    "±": "+/-", "→": "->", "₂": "2", "\u00a0": " ", "‖": "||", "²": "^2", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
 
 
@@ -54,13 +56,14 @@ def _with_ansi(lines: Iterable[Line], width: int) -> str:
 
 def _lines(screen: Screen, choices: ViewChoices) -> Iterator[Line]:
     before: Block | None = None
+    said: set[str] = set()
     for block in screen.blocks:
         if before is not None and not _belong_together(before, block):
             yield []
         if isinstance(block, Sentence):
             yield from _sentence(block, choices)
         elif isinstance(block, Table):
-            yield from _table(block, choices)
+            yield from _table(block, choices, said)
         else:
             yield from histogram_lines(block, choices)
         before = block
@@ -91,7 +94,7 @@ def _sentence(sentence: Sentence, choices: ViewChoices) -> Iterator[Line]:
         yield from ([(line, style)] for line in wrapped(text, width))
         return
     first, *others = wrapped(text, width - GAP)
-    yield [(spelled("▸", choices), "cyan"), (" " + first, style)]
+    yield [(spelled("▸", choices), "bold"), (" " + first, style)]
     yield from ([(MARGIN + line, style)] for line in others)
 
 
@@ -128,8 +131,8 @@ def shortened(name: str, width: int, ellipsis: str = "…") -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _table(table: Table, choices: ViewChoices) -> Iterator[Line]:
-    columns = [Column(spelled(c.title, choices), c.align, c.spare) for c in table.columns]
+def _table(table: Table, choices: ViewChoices, said: set[str]) -> Iterator[Line]:
+    columns = [replace(column, title=spelled(column.title, choices)) for column in table.columns]
     rows = [Row(tuple(spelled(cell, choices) for cell in row.cells), row.bar, row.tone) for row in table.rows]
     kept, widths, bar = _fitted(columns, rows, choices.width)
     if table.title:
@@ -138,7 +141,8 @@ def _table(table: Table, choices: ViewChoices) -> Iterator[Line]:
     heads = Row(tuple(column.title for column in columns), tone="quiet")
     for row in [heads, *rows]:
         yield _table_line(row, columns, kept, widths, bar, choices)
-    for line in wrapped(spelled(table.caption, choices), choices.width - GAP) if table.caption else []:
+    footnote = table.footnote((columns[i] for i in kept), said)
+    for line in wrapped(spelled(footnote, choices), choices.width - GAP) if footnote else []:
         yield [(MARGIN + line, "dim")]
 
 
@@ -160,7 +164,7 @@ def _fitted(columns: Sequence[Column], rows: Sequence[Row], width: int) -> tuple
         if spare[0] == 0:
             break
         kept.remove(spare[1])
-    if room() - least_bar < min(natural[0], NARROWEST_NAME):
+    if room() - least_bar < min(natural[0], COMFORTABLE_NAME):
         least_bar = 0
     name = max(1, min(natural[0], room() - least_bar))
     bar = min(WIDEST_BAR, room() - name - GAP) if least_bar else 0
@@ -177,7 +181,7 @@ def _table_line(
         texts.append(cell + padding if columns[i].align == "left" else padding + cell)
     line: Line = [(MARGIN + (" " * GAP).join(texts), _STYLES[row.tone])]
     if bar and row.bar is not None:
-        line += [(" " * GAP, ""), (bar_text(row.bar, bar, choices.unicode), "cyan")]
+        line += [(" " * GAP, ""), (bar_text(row.bar, bar, choices.unicode), "")]
     return line
 
 
