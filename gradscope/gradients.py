@@ -18,6 +18,12 @@ from gradscope.tensors import ClipGroup, TensorInfo
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+# The hint wherever gradients are wanted and missing.
+SAVE_GRADIENTS = (
+    "save the gradients yourself, one file per step, before clipping: safetensors.torch.save_file("
+    '{n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"grads/{step}.safetensors")'
+)
+
 SourceKind = Literal["gradients", "checkpoint", "trace", "norm-log"]
 
 

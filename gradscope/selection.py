@@ -22,6 +22,10 @@ def select_steps(steps: str | slice | None, total: int) -> range:
         if parts is None or "-" in parts.groups():
             raise GradscopeError(f"--steps {steps}", "not of the form A:B", "-1000: is the last thousand steps")
         steps = slice(*(int(part) if part else None for part in parts.groups()))
+    if not isinstance(steps, slice) or not all(end is None or isinstance(end, int) for end in _ends(steps)):
+        raise GradscopeError(f"--steps {steps}", "not of the form A:B", 'steps="10:20" or slice(10, 20)')
+    if steps.step is not None and steps.step < 1:
+        raise GradscopeError(f"--steps {steps}", "must go forwards")
     selected = range(total)[steps]
     if not selected:
         text = ":".join("" if end is None else str(end) for end in (steps.start, steps.stop))
@@ -29,11 +33,17 @@ def select_steps(steps: str | slice | None, total: int) -> range:
     return selected
 
 
+def _ends(steps: slice) -> tuple[object, ...]:
+    return steps.start, steps.stop, steps.step
+
+
 def regroup(tensors: Sequence[TensorInfo], groups: Mapping[str, str]) -> tuple[ClipGroup, ...]:
     """Clip groups made by glob, name → pattern.  A tensor goes to the first that matches; the others form ``rest``.
 
     Raises GradscopeError for a pattern that no remaining tensor matches.
     """
+    if not isinstance(groups, Mapping) or not all(isinstance(text, str) for pair in groups.items() for text in pair):
+        raise GradscopeError("--groups", "must map names to globs", "groups={'actor': 'actor.*', 'critic': 'critic.*'}")
     left = [tensor.name for tensor in tensors]
     made = []
     for name, pattern in groups.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from gradscope.clipping.parsing import parse_policy
 from gradscope.clipping.policy import Convention, ElementPolicy, Policy, Replay, ScalePolicy, limit_norm
 from gradscope.errors import GradscopeError
 from gradscope.findings import simulation_findings
-from gradscope.gradients import GradientSource, Progress
+from gradscope.gradients import SAVE_GRADIENTS, GradientSource, Progress
 from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
 from gradscope.nonfinite import name_fault
@@ -30,6 +30,7 @@ from gradscope.spread import Spread
 FloatArray = NDArray[np.float64]
 
 SCHEMA = "gradscope.simulate/1"
+POLICY_HINT = 'policies are written like "norm:0.5" or "value:0.01"'
 SUGGESTED_PERCENT = (50, 10, 5, 1)
 FEWEST_FOR_RECENT = 20
 MOST_RECENT = 1000
@@ -38,7 +39,7 @@ NEED_MORE_THAN_NORMS = frozenset({"per-layer-norm", "per-tensor-norm", "value", 
 
 def simulate(
     source: GradientSource,
-    policies: Sequence[Policy | str],
+    policies: Sequence[Policy | str] | str,
     *,
     steps: str | slice | None = None,
     groups: Mapping[str, str] | None = None,
@@ -48,17 +49,17 @@ def simulate(
 ) -> results.Simulation:
     """Read ``source`` once and tell what each of ``policies`` would have done to it.
 
-    ``policies`` are objects or their notation (``"norm:0.5"``); ``steps`` (``"A:B"``) picks steps and ``groups``
-    (name → glob) redefines the clip groups.  ``convention`` is how a norm is clipped: ``"exact"``, min(1, υ/n), or
-    ``"torch"``, min(1, υ/(n + 1e-6)).  ``sweep`` adds a ladder of max_norm.  Steps that hold NaN or Inf are named and
-    left out of everything else.
+    ``policies`` are objects or their notation (``"norm:0.5"``), several or a single one; ``steps`` (``"A:B"``) picks
+    steps and ``groups`` (name → glob) redefines the clip groups.  ``convention`` is how a norm is clipped: ``"exact"``,
+    min(1, υ/n), or ``"torch"``, min(1, υ/(n + 1e-6)).  ``sweep`` adds a ladder of max_norm.  Steps that hold NaN or Inf
+    are named and left out of everything else.
 
     Raises GradscopeError for unusable options, for a source without gradients, for a policy that needs more than
     the source holds, and for whatever the source finds wrong with its files.
     """
     if convention not in ("exact", "torch"):
         raise GradscopeError(f"--convention {convention}", "must be exact or torch")
-    chosen = tuple(parse_policy(policy) if isinstance(policy, str) else policy for policy in policies)
+    chosen = _chosen(policies)
     _require_gradients(source, chosen)
     selected = select_steps(steps, source.info.steps)
     layout = TensorLayout.of(source.tensors, regroup(source.tensors, groups) if groups else source.groups)
@@ -86,13 +87,28 @@ def simulate(
     return replace(simulation, findings=simulation_findings(simulation))
 
 
+def _chosen(policies: object) -> tuple[Policy, ...]:
+    given = [policies] if isinstance(policies, str | Policy) else policies
+    if not isinstance(given, Iterable):
+        raise GradscopeError("policies", f"must be a list of policies, not {given!r}", POLICY_HINT)
+    return tuple(_policy(policy) for policy in given)
+
+
+def _policy(given: object) -> Policy:
+    if isinstance(given, str):
+        return parse_policy(given)
+    if not isinstance(given, ScalePolicy | ElementPolicy):
+        raise GradscopeError("policies", f"{given!r} is no policy", POLICY_HINT)
+    return given
+
+
 def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> None:
     if not source.tensors:
         raise GradscopeError(
             source.info.path,
             "a bare checkpoint holds no gradients",
-            "--batch FILE computes them from a captured batch, gradscope record keeps them during training; "
-            "gradscope inspect tells what the optimizer knows",
+            f"gradscope inspect tells what its optimizer knows; or {SAVE_GRADIENTS} "
+            "(--batch FILE and `gradscope record`, which do it for you, come with a later version)",
         )
     if source.info.kind == "norm-log":
         for policy in policies:
@@ -100,7 +116,7 @@ def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> No
                 raise GradscopeError(
                     f"--policy {policy.label}",
                     f"{source.info.path} is a log of norms; this policy needs the gradients themselves",
-                    "gradscope record keeps them during training",
+                    SAVE_GRADIENTS,
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -161,6 +162,11 @@ def test_objects_without_tensors(source: Any) -> None:
     assert "no floating-point tensors" in failure(source).why
 
 
+@pytest.mark.parametrize("source", [{}, 5, None, object(), (part for part in ["w"])])
+def test_what_else_could_be_given(source: Any) -> None:
+    assert "a mapping of names" in str(failure(source).hint)
+
+
 def test_objects_that_hold_themselves() -> None:
     cycle: dict[str, Any] = {"w": np.ones(2)}
     cycle["self"] = cycle
@@ -173,7 +179,15 @@ def test_an_old_tar_file(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 3
             archive.addfile(info, io.BytesIO(b"abc"))
-    assert "torch.load(weights_only=True) refuses it" in failure(tmp_path / "old.pt").why
+    assert "torch.load(weights_only=True) refuses it: it is damaged" in failure(tmp_path / "old.pt").why
+
+
+def test_an_old_file_with_an_object_names_its_class(tmp_path: Path) -> None:
+    saved = {"w": torch.ones(2), "args": argparse.Namespace(lr=0.1)}
+    torch.save(saved, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    why = failure(tmp_path / "old.pt").why
+    assert why.endswith("refuses it: it holds argparse.Namespace, which is no tensor and no plain container")
+    assert why.isprintable()
 
 
 def test_a_zip_within_zips(tmp_path: Path) -> None:

@@ -104,6 +104,45 @@ def test_a_missing_shard(tmp_path: Path) -> None:
         open_source(tmp_path / "model.safetensors.index.json")
 
 
+def test_shards_of_any_name_are_one_step(tmp_path: Path) -> None:
+    weight_map = {}
+    for shard in range(3):
+        save_file({f"layer.{shard}.weight": torch.full((2,), float(shard))}, tmp_path / f"{shard}.safetensors")
+        weight_map[f"layer.{shard}.weight"] = f"{shard}.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    source = open_source(tmp_path)
+    assert source.info.steps == 1
+    assert [info.name for info in source.tensors] == list(weight_map)
+    assert source.notes == ()
+
+
+def test_files_that_no_index_names_stay_steps(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "0.safetensors")
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "0.safetensors"}}))
+    for step in (1, 2):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{step}.safetensors")
+    source = open_source(tmp_path)
+    assert source.info.steps == 2
+    assert source.notes == ("Left out: a.safetensors.index.json.",)
+
+
+@pytest.mark.parametrize("name", ["g.safetensors.index.json", "other.index.json"])
+def test_an_index_is_no_shard(tmp_path: Path, name: str) -> None:
+    for index in ("g.safetensors.index.json", "other.index.json"):
+        (tmp_path / index).write_text(json.dumps({"weight_map": {"w": name}}))
+    for given in (tmp_path / "g.safetensors.index.json", tmp_path):
+        with pytest.raises(GradscopeError, match="names an index as a shard"):
+            open_source(given)
+
+
+def test_a_shard_that_lacks_what_its_index_promises(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "0.safetensors")
+    index = tmp_path / "g.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "0.safetensors", "lost": "0.safetensors"}}))
+    with pytest.raises(GradscopeError, match=r"0\.safetensors: lacks the tensor 'lost', which g\.safetensors\.index"):
+        open_source(index)
+
+
 @pytest.mark.parametrize(
     "index", [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": 3}', b"{" * 5000, b"\xff"]
 )

@@ -1,9 +1,9 @@
-"""Tensors in memory: numpy, torch and JAX arrays in mappings, lists and modules, made into a tree."""
+"""Tensors in memory: numpy, torch and JAX arrays in mappings and lists, made into a tree."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,11 @@ import numpy as np
 from gradscope.errors import GradscopeError
 from gradscope.sources.formats.numpy_arrays import array_in_memory
 from gradscope.sources.formats.tree import MAX_DEPTH, Leaf, Tree, UnreadableTensor
+from gradscope.sources.parameters import is_parameter
+from gradscope.sources.stored import MemoryTensor
 
 # torch has no bfloat16 for numpy: the bits travel as integers of the same width.
 TORCH_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
-
-
-def is_module(value: object) -> bool:
-    """Whether ``value`` has parameters with gradients, as ``torch.nn.Module`` has."""
-    return callable(getattr(value, "named_parameters", None))
-
-
-def gradients_of_module(module: Any) -> dict[str, Any]:
-    """Each parameter's ``.grad`` by name; None where it has none."""
-    return {name: parameter.grad for name, parameter in module.named_parameters()}
-
-
-def parameters_of_module(module: Any) -> dict[str, Any]:
-    """Each parameter by name."""
-    return dict(module.named_parameters())
 
 
 def tree_of(value: Any, what: str) -> Tree:
@@ -37,17 +24,39 @@ def tree_of(value: Any, what: str) -> Tree:
     Raises:
         GradscopeError: it is nested more than 200 deep.
     """
-    return _converted(value, what, 0, {})
+    return _converted(value, what, _leaf, 0, {})
 
 
-def _converted(value: Any, what: str, depth: int, done: dict[int, Tree]) -> Tree:
+def gradient_tree_of(value: Any, what: str) -> Tree:
+    """The same with the gradient of each parameter (None where it has none) in its place; other tensors are buffers.
+
+    Raises:
+        GradscopeError: it is nested more than 200 deep.
+    """
+    return _converted(value, what, _gradient_leaf, 0, {})
+
+
+def _converted(value: Any, what: str, leaf: Callable[[Any], Tree], depth: int, done: dict[int, Tree]) -> Tree:
     if depth > MAX_DEPTH:
         raise GradscopeError(what, f"is nested more than {MAX_DEPTH} deep")
     # Parts that are shared many times over are converted once.
     if isinstance(value, Mapping | list | tuple) and not hasattr(value, "__array__"):
         if id(value) not in done:
-            done[id(value)] = _converted_container(value, what, depth + 1, done)
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            made = {key: _converted(part, what, leaf, depth + 1, done) for key, part in parts}
+            done[id(value)] = made if isinstance(value, Mapping) else list(made.values())
         return done[id(value)]
+    return leaf(value)
+
+
+def _gradient_leaf(value: Any) -> Tree:
+    if is_parameter(value):
+        return _leaf(value.grad)
+    leaf = _leaf(value)
+    return UnreadableTensor("no parameter") if isinstance(leaf, MemoryTensor) else leaf
+
+
+def _leaf(value: Any) -> Tree:
     if _is_torch_tensor(value):
         return _torch_leaf(value)
     if isinstance(value, np.ndarray):
@@ -58,12 +67,6 @@ def _converted(value: Any, what: str, depth: int, done: dict[int, Tree]) -> Tree
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
         return _numpy_leaf(np.asarray(value))
     return value
-
-
-def _converted_container(value: Any, what: str, depth: int, done: dict[int, Tree]) -> Tree:
-    if isinstance(value, Mapping):
-        return {key: _converted(part, what, depth, done) for key, part in value.items()}
-    return [_converted(part, what, depth, done) for part in value]
 
 
 def _is_torch_tensor(value: object) -> bool:

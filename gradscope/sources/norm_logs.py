@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gradscope.errors import GradscopeError
+from gradscope.gradients import SAVE_GRADIENTS
 from gradscope.sources.formats.file_region import FileRegion
 
 SCANNED_BYTES = 1 << 20
@@ -52,7 +53,7 @@ def _refuse_events(what: str, head: bytes) -> None:
             raise GradscopeError(
                 what,
                 f"is an event file of {library}, which logs no gradient norm",
-                "record the gradients themselves: gradscope record -- python train.py",
+                f"{SAVE_GRADIENTS} (`gradscope record -- python train.py` comes with a later version)",
             )
     raise GradscopeError(what, "is a TensorBoard event file: reading TensorBoard event files is not supported yet")
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
-from gradscope.sources.arrays import gradients_of_module, is_module, parameters_of_module, tree_of
+from gradscope.sources.arrays import gradient_tree_of, tree_of
 from gradscope.sources.dumps import DumpedStep, GradientDumps, dumped_step, load_files
 from gradscope.sources.formats.contents import Contents, read_contents
 from gradscope.sources.formats.file_region import unreadable
-from gradscope.sources.formats.tree import Opaque
+from gradscope.sources.formats.tree import Opaque, Tree
 from gradscope.sources.gradient_names import ALONE
 from gradscope.sources.norm_logs import refuse_log_directory
+from gradscope.sources.parameters import named_tensors, parameters_in, require_gradients
 from gradscope.sources.step_files import (
     StepFile,
     StepFiles,
@@ -36,9 +37,10 @@ def open_source(source: Any, *, as_: As | str | None = None, weights: Any = None
     """The gradients, weights or optimizer states in ``source``, whose format is told by its content.
 
     ``source`` is a path, a quoted glob, a list of paths (one step each), a ``GradientSource``, a mapping of names to
-    tensors (numpy, torch or JAX; nested mappings too), a list of such mappings (one step each), or a module with
-    ``named_parameters`` whose ``.grad`` are taken.  ``as_`` (``"gradients"`` or ``"weights"``) says what a bare mapping
-    of tensors is.  ``weights`` (like ``source``) supplies the parameters that go with gradient dumps.
+    tensors (numpy, torch or JAX; nested mappings too), a list of such mappings (one step each), a list of (name,
+    tensor) pairs, or a module with ``named_parameters``; of parameters the ``.grad`` are taken.  ``as_``
+    (``"gradients"`` or ``"weights"``) says what a bare mapping of tensors is.  ``weights`` (like ``source``) supplies
+    the parameters that go with gradient dumps.
 
     Raises:
         GradscopeError: it is missing, unreadable, damaged, of no known format, or holds no floating-point tensors.
@@ -173,14 +175,14 @@ def _bare_tensors(
 
 
 def _open_objects(source: Any, as_: str | None, weights: GradientSource | None) -> GradientSource:
-    if is_module(source):
-        if as_ == "weights":
-            source = parameters_of_module(source)
-        else:
-            weights = weights or _open_objects(parameters_of_module(source), "weights", None)
-            source = gradients_of_module(source)
+    source = named_tensors(source, IN_MEMORY)
     steps = list(source) if _is_list_of_steps(source) else [source]
-    loaded = [_objects_step(step, index) for index, step in enumerate(steps)]
+    parameters = parameters_in(steps[0]) if as_ != "weights" else []
+    if parameters:
+        require_gradients(parameters, IN_MEMORY)
+        weights = weights or _open_objects(steps[0], "weights", None)
+    convert = gradient_tree_of if parameters else tree_of
+    loaded = [_objects_step(step, index, convert) for index, step in enumerate(steps)]
     return _bare_tensors(loaded, IN_MEMORY, loaded[0].load(), as_, weights)
 
 
@@ -188,6 +190,6 @@ def _is_list_of_steps(source: object) -> bool:
     return isinstance(source, list | tuple) and len(source) > 0 and all(isinstance(step, Mapping) for step in source)
 
 
-def _objects_step(step: Any, index: int) -> DumpedStep:
+def _objects_step(step: Any, index: int, convert: Callable[[Any, str], Tree]) -> DumpedStep:
     what = f"step {index}"
-    return DumpedStep(what, what, lambda: Contents(tree_of(step, what), "in memory"))
+    return DumpedStep(what, what, lambda: Contents(convert(step, what), "in memory"))

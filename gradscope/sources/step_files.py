@@ -12,9 +12,9 @@ from pathlib import Path
 
 from gradscope.errors import GradscopeError
 from gradscope.sources.formats.file_region import unreadable
+from gradscope.sources.formats.safetensors_files import INDEX_SUFFIX, shards_of_index
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy", ".ckpt")
-INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{3,})-of-(?P<total>\d{3,})(?P<suffix>\.\w+)")
 # A model's own file among others, as Hugging Face names it.
 WEIGHT_FILES = (
@@ -158,12 +158,14 @@ def _candidates(entries: Sequence[os.DirEntry[str]]) -> StepFiles:
     if not names:
         return StepFiles(())
     directory = Path(entries[0].path).parent
-    has_index = any(name.endswith(INDEX_SUFFIX) for name in names)
+    indexed = {
+        shard.name for name in names if name.endswith(INDEX_SUFFIX) for shard in shards_of_index(directory / name)
+    }
     steps: dict[tuple[str, ...], list[Path]] = {}
     for name in sorted(names, key=natural_order):
-        shard = SHARD.fullmatch(name)
-        if shard and has_index:
+        if name in indexed:
             continue
+        shard = SHARD.fullmatch(name)
         key = (shard["stem"], shard["total"], shard["suffix"]) if shard else (name, "", _kind(name))
         steps.setdefault(key, []).append(directory / name)
     (kind, _), *_ = Counter(key[-1] for key in steps).most_common(1)

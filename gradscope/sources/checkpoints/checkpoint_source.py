@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress, Weights
 from gradscope.optimizer_state import OptimizerState, ParameterState, StoredMoment
 from gradscope.sources.checkpoints.parameter_names import is_buffer, is_float
 from gradscope.sources.checkpoints.stored_optimizer import StoredOptimizer
@@ -79,7 +79,7 @@ class CheckpointSource(GradientSource):
         raise GradscopeError(
             self.info.path,
             f"is a checkpoint ({self.info.format}) and holds no gradients",
-            "compute them with --batch FILE, or record a run: gradscope record -- COMMAND",
+            f"{SAVE_GRADIENTS} (--batch FILE and `gradscope record` come with a later version)",
         )
 
     def weights(self, progress: Progress | None = None) -> Weights | None:

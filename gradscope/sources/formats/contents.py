@@ -12,6 +12,8 @@ from gradscope.sources.formats.known_constructors import plain_constructors
 from gradscope.sources.formats.numpy_files import NPY_MAGIC, is_npz, read_npy, read_npz
 from gradscope.sources.formats.pickles import read_pickle
 from gradscope.sources.formats.safetensors_files import (
+    INDEX_SUFFIX,
+    check_shard,
     looks_like_safetensors,
     merge_shards,
     parse_json,
@@ -56,7 +58,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         GradscopeError: the file is missing, no regular file, empty, damaged, or of no known format.
     """
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(INDEX_SUFFIX):
         return _read_sharded(path)
     region = FileRegion.whole(path)
     if region.size == 0:
@@ -73,10 +75,12 @@ def read_contents(path: Path) -> Contents:
 
 
 def _read_sharded(index: Path) -> Contents:
-    shards = [(path, read_contents(path)) for path in shards_of_index(index)]
+    promised = shards_of_index(index)
+    shards = [(path, read_contents(path)) for path in promised]
     for path, contents in shards:
         if not isinstance(contents.tree, dict):
             raise GradscopeError(str(path), "is no mapping of tensors, as a shard should be")
+        check_shard(path, contents.tree, promised[path], index)
     return Contents(merge_shards((path, contents.tree) for path, contents in shards), f"sharded {shards[0][1].format}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gradscope.tensors import TensorInfo
 # tensors need less than this.
 MAX_HEADER_BYTES = 32 << 20
 MAX_INDEX_BYTES = 32 << 20
+INDEX_SUFFIX = ".index.json"
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -149,11 +150,11 @@ def _tensor(name: str, entry: _Entry, region: FileRegion, base: int, what: str) 
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def shards_of_index(path: Path) -> tuple[Path, ...]:
-    """The files that a ``*.index.json`` names, in natural order; they lie beside it.
+def shards_of_index(path: Path) -> dict[Path, tuple[str, ...]]:
+    """The files that a ``*.index.json`` names, in its order, each with the tensors it must hold; they lie beside it.
 
     Raises:
-        GradscopeError: it is no index, or a shard's name leads elsewhere.
+        GradscopeError: it is no index, or a shard's name leads elsewhere or to another index.
     """
     what = str(path)
     region = FileRegion.whole(path)
@@ -162,11 +163,25 @@ def shards_of_index(path: Path) -> tuple[Path, ...]:
     weight_map = parse_json(region.read(), what).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise GradscopeError(what, "names no shards (it has no weight_map)")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
+    tensors: dict[Any, list[str]] = {}
+    for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
             raise GradscopeError(what, f"names a shard outside its own directory: {name!r}")
-    return tuple(path.parent / name for name in names)
+        if name.endswith(INDEX_SUFFIX):
+            raise GradscopeError(what, f"names an index as a shard: {name!r}")
+        tensors.setdefault(name, []).append(tensor)
+    return {path.parent / name: tuple(held) for name, held in tensors.items()}
+
+
+def check_shard(shard: Path, held: Container[str], promised: Iterable[str], index: Path) -> None:
+    """Whether a shard holds what its index promises.
+
+    Raises:
+        GradscopeError: it lacks a tensor; the error names it.
+    """
+    missing = next((name for name in promised if name not in held), None)
+    if missing is not None:
+        raise GradscopeError(str(shard), f"lacks the tensor {missing!r}, which {index.name} promises in it")
 
 
 def merge_shards(shards: Iterable[tuple[Path, dict[str, Leaf]]]) -> dict[str, Leaf]:

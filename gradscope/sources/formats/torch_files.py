@@ -7,6 +7,7 @@ by a persistent id, ``("storage", class, key, device, elements)``.  Older files,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
@@ -25,6 +26,8 @@ from gradscope.tensors import TensorInfo
 
 # Legacy files start with a pickled magic number (torch/serialization.py); in protocol 2 it begins so.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# How torch says what it will not import.
+REFUSED_GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 MAX_COPIED_BYTES = 1 << 28
 # Expanded tensors repeat their elements; beyond this the file is made to keep its reader busy.
 MAX_EXPANDED_ELEMENTS = 1 << 28
@@ -100,8 +103,14 @@ def read_legacy_torch(region: FileRegion, what: str) -> Tree:
 
 
 def _refusal(what: str, error: BaseException) -> GradscopeError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return GradscopeError(what, f"torch.load(weights_only=True) refuses it: {first_line[:160]}")
+    named = REFUSED_GLOBAL.search(str(error))
+    if named is None:
+        return GradscopeError(what, "torch.load(weights_only=True) refuses it: it is damaged, or no file of torch.save")
+    return GradscopeError(
+        what,
+        f"torch.load(weights_only=True) refuses it: it holds {named[1]}, which is no tensor and no plain container",
+        "if you trust it, load it with torch and save its tensors alone, by name",
+    )
 
 
 # --- storages --------------------------------------------------------------------------------------------------------
