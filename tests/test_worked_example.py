@@ -45,7 +45,7 @@ def torch_zip(gradient: torch.Tensor, folder: Path) -> Path:
 
 
 def nested(gradient: torch.Tensor, folder: Path) -> Path:
-    torch.save({"actor": {"weight.grad": gradient[:1].clone()}, "critic": [gradient[1:].clone()]}, folder / "g.pth")
+    torch.save({"actor": {"weight": gradient[:1].clone()}, "critic": [gradient[1:].clone()]}, folder / "g.pth")
     return folder / "g.pth"
 
 
