@@ -35,7 +35,8 @@ cdef extern from *:
     static long long gs_pread(int fd, void *to, size_t n, long long at) { return pread(fd, to, n, (off_t)at); }
     #endif
 
-    /* One build that runs everywhere and uses wide vectors where it finds them (needs ifunc: gcc or clang 14, glibc, x86-64). */
+    /* One build that runs everywhere and uses wide vectors where it finds them. It needs ifunc: gcc or clang 14,
+       glibc, x86-64. */
     #if defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14) && defined(__x86_64__) && defined(__GLIBC__)
     #define GS_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
     #else
