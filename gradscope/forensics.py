@@ -31,7 +31,8 @@ AT_LIMIT = {"0.99": 0.99, "0.9": 0.9}
 def analyse(state: OptimizerState, max_norm: float | None = None) -> OptimizerReport:
     """What ``state`` tells about the gradients that its optimizer took in.
 
-    ``max_norm`` is the υ of every clip group, in place of what the checkpoint names.  Norms are L2, in the units of
+    ``max_norm`` is the υ of every clip group, in place of what the checkpoint names.  Where that names another, what
+    the optimizer saw had been clipped at the file's, and only what holds for both is reported.  Norms are L2, in the units of
     the loss per parameter.  ``steps`` is the largest step count of any parameter; ``lr`` is None where the parameter
     groups differ in it, and so are ``max_norm`` and the saturation where there are several clip groups that do.
 
@@ -49,7 +50,7 @@ def analyse(state: OptimizerState, max_norm: float | None = None) -> OptimizerRe
     return OptimizerReport(
         name=state.name,
         type=state.type,
-        steps=max((t.parameter.step for t in tensors if t.parameter.step is not None), default=None),
+        steps=_whole(max((t.parameter.step for t in tensors if t.parameter.step is not None), default=None)),
         lr=_common(_number(group.get("lr")) for group in state.param_groups),
         max_norm=_common(group.report.max_norm for group in groups),
         recent_norm=_root(total.recent),
@@ -174,7 +175,8 @@ def _group(
     overlap: tuple[str, ...],
 ) -> _Group:
     energy = _join(members)
-    limit = _limit(group.max_norm if max_norm is None else max_norm)
+    trained = _limit(group.max_norm)
+    limit = trained if max_norm is None else _limit(max_norm)
     report = OptimizerGroup(
         name=group.name,
         max_norm=limit,
@@ -186,6 +188,7 @@ def _group(
         at_limit_share_at_least=None,
         share=_share(energy.recent, total),
         qualifications=energy.qualifications + overlap,
+        trained_max_norm=None if trained == limit else trained,
     )
     names = frozenset(tensor.parameter.name for tensor in members)
     if limit is None or energy.recent is None:
@@ -196,10 +199,23 @@ def _group(
 def _with_saturation(report: OptimizerGroup, saturation: float) -> OptimizerGroup:
     counted = 1.0 if abs(saturation - 1.0) <= SATURATION_TOLERANCE else saturation
     report = replace(report, saturation=saturation, clipped_share_at_most=min(1.0, counted))
+    if report.trained_max_norm is not None:
+        return _under_another_limit(report, report.trained_max_norm)
     if counted > 1.0:
         said = "Gradients reached the optimizer unclipped, so it cannot be told how many sat at the limit"
         return replace(report, qualifications=(*report.qualifications, said))
     return replace(report, at_limit_share_at_least={name: at_limit_share(counted, c) for name, c in AT_LIMIT.items()})
+
+
+def _under_another_limit(report: OptimizerGroup, trained: float) -> OptimizerGroup:
+    """What holds at ``report.max_norm`` of gradients n that the optimizer saw as min(n, ``trained``).
+
+    Those above the smaller of the two are as many in both, so Markov's inequality with that one bounds the clipped
+    share.  How many were at a limit that none was held to cannot be told.
+    """
+    assert report.max_norm is not None and report.recent_norm is not None
+    held = min(trained, report.max_norm)
+    return replace(report, clipped_share_at_most=min(1.0, (report.recent_norm / held) ** 2))
 
 
 def at_limit_share(saturation: float, c: float) -> float:
@@ -254,6 +270,11 @@ def _common(values: Iterable[float | None]) -> float | None:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def _whole(steps: float | None) -> float | None:
+    """PyTorch counts steps in a float32 tensor; a count is shown as one."""
+    return int(steps) if steps is not None and float(steps).is_integer() else steps
 
 
 def _unique(items: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from gradscope.optimizer_state import ParameterState, StoredMoment
@@ -97,8 +98,8 @@ class _Average:
 
     @property
     def window(self) -> float:
-        """Over about how many steps the average runs, once it has taken that many."""
-        return 1.0 / (1.0 - self.decay)
+        """Over about how many steps the average runs, once it has taken that many: 1000 at 0.999, not 999.999…."""
+        return float(1 / (1 - Fraction(str(self.decay))))
 
     @property
     def noise_floor(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,14 @@ def test_mean_norm_is_the_norm_of_the_weighted_mean_gradient(name: str, decay: f
     floor = (1 - decay) / (1 + decay)
     assert report.recent_norm is not None
     assert report.consistency == pytest.approx(((expected / report.recent_norm) ** 2 - floor) / (1 - floor), rel=1e-6)
-    assert report.mean_window == pytest.approx(1 / (1 - decay))
+    assert report.mean_window == pytest.approx(1 / (1 - decay), rel=1e-12)
+    assert type(report.steps) is int
+
+
+@pytest.mark.parametrize(("decay", "window"), [(0.999, 1000), (0.99, 100), (0.9, 10), (0.0, 1), (0.9999, 10_000)])
+def test_windows_are_whole_where_their_decay_says_so(decay: float, window: int) -> None:
+    state = state_of(train(partial(torch.optim.Adam, betas=(0.5, decay)), gradients(3)), list(SHAPES))
+    assert analyse(state).window == window
 
 
 def test_adamax_knows_the_mean_gradient_only() -> None:
