@@ -36,12 +36,16 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """What a source is: ``format`` is for people (``"SB3 PPO checkpoint"``), ``steps`` counts gradient steps."""
+    """What a source is: ``format`` is for people (``"SB3 PPO checkpoint"``), ``steps`` counts gradient steps.
+
+    ``picked`` says which of several checkpoints this is, where only their directory was named.
+    """
 
     path: str
     kind: SourceKind
     format: str
     steps: int
+    picked: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,12 +14,13 @@ from gradscope.spread import Spread
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the numbers come from."""
+    """Where the numbers come from; ``picked``: which of a directory's checkpoints it is, where only that was named."""
 
     path: str
     kind: str
     format: str
     steps: int
+    picked: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,19 @@ class NonfiniteStep:
     label: str
     tensors: tuple[str, ...]
     last_finite_before: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Float32Overflow:
+    """Finite float32 or bfloat16 gradients whose L2 norm, taken in float32, is infinite: their squares overflow.
+
+    ``tensors`` are those that do so by themselves, ``groups`` the clip groups, in any of ``steps`` steps (None: not
+    counted).
+    """
+
+    steps: int | None
+    tensors: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -152,7 +166,10 @@ class WeightSummary:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerGroup:
-    """One clip group of an optimizer.  ``qualifications`` say why the saturation bounds may not hold."""
+    """One clip group of an optimizer.  ``qualifications`` say why the saturation bounds may not hold.
+
+    ``trained_max_norm`` is what the file names, where ``max_norm`` was given in its place.
+    """
 
     name: str
     max_norm: float | None
@@ -164,6 +181,7 @@ class OptimizerGroup:
     at_limit_share_at_least: Mapping[str, float] | None
     share: float | None
     qualifications: tuple[str, ...]
+    trained_max_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,3 +365,4 @@ class Simulation:
     sweep: tuple[SweepRow, ...]
     suggested_max_norm: Mapping[str, float | tuple[int, int]]
     suggested_max_norm_overall: Mapping[str, float | tuple[int, int]]
+    float32_overflow: Float32Overflow | None = None

@@ -89,7 +89,8 @@ def test_up_to_3_one_clip_covers_the_policy() -> None:
 def test_a_run_directory_gives_its_newest_checkpoint() -> None:
     source = open_source(str(rsl_rl_run()))
     assert source.info.path.endswith("model_11.pt")
-    assert "newest" in source.notes[0]
+    found = len(list(rsl_rl_run().glob("model_*.pt")))
+    assert source.info.picked == f"model_11.pt, newest of {found} in {rsl_rl_run()}"
 
 
 def test_random_network_distillation_steps_without_a_clip() -> None:

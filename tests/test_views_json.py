@@ -35,6 +35,7 @@ def test_inspection_of_gradients_has_the_keys_of_the_contract() -> None:
         "kind": "gradients",
         "format": "gradient dumps (safetensors)",
         "steps": 128,
+        "picked": None,
     }
     found = data["gradients"]
     assert {"l2_norm", "max_abs", "numel", "zeros", "nonfinite", "nonfinite_steps"} <= found["global"].keys()

@@ -44,7 +44,8 @@ def _blocks(inspection: results.Inspection, choices: ViewChoices) -> Iterator[Bl
 
 
 def _opening(inspection: results.Inspection, choices: ViewChoices) -> str:
-    parts = [inspection.source.format]
+    parts = [inspection.source.picked] if inspection.source.picked else []
+    parts.append(inspection.source.format)
     if inspection.gradients is not None:
         parts += [_counted(inspection.source.steps, "step")] if inspection.source.steps else []
         parts.append(_counted(len(inspection.gradients.tensors), "gradient tensor"))
@@ -67,13 +68,15 @@ def _optimizer_words(optimizer: results.OptimizerReport) -> str:
 
 
 def _next(inspection: results.Inspection, choices: ViewChoices) -> str:
+    limits = dict.fromkeys(group.max_norm for optimizer in inspection.optimizers for group in optimizer.groups)
+    policy = "--max-norm " + (" ".join(setting(limit) for limit in limits if limit is not None) or "0.5")
     if inspection.gradients is None:
         return (
             "Next: save gradients before they are clipped, one file per step, and run "
-            "gradscope simulate DIRECTORY --max-norm 0.5"
+            f"gradscope simulate DIRECTORY {policy}"
         )
     path = "" if choices.opening else f"{shlex.quote(inspection.source.path)} "
-    return f"Next: gradscope simulate {path}--max-norm 0.5"
+    return f"Next: gradscope simulate {path}{policy}"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ def _windows(optimizer: results.OptimizerReport) -> str:
         parts.append(f"recent norm: root mean square over {span}")
     if optimizer.mean_norm is not None and optimizer.mean_window is not None:
         mean = f"mean norm: norm of the mean gradient over ~{count(optimizer.mean_window)}"
-        agreement = "" if optimizer.consistency is None else f" (consistency {consistency(optimizer.consistency)})"
+        agreement = "" if optimizer.consistency is None else f" (consistency: {consistency(optimizer.consistency)})"
         parts.append(mean + agreement)
     if optimizer.momentum_norm is not None:
         parts.append(f"momentum buffer: {number(optimizer.momentum_norm)}")

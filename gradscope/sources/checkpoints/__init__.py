@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gradscope.gradients import GradientSource
 from gradscope.sources.checkpoints import huggingface, lightning, pytorch, rsl_rl, sb3
-from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource
+from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, picked_newest
 from gradscope.sources.checkpoints.pytorch import weights_only
 from gradscope.sources.formats.contents import read_contents
 from gradscope.sources.formats.tree import Tree
@@ -44,10 +44,8 @@ def recognise_directory(directory: Path) -> GradientSource | None:
     source = huggingface.recognise_directory(directory)
     if source is not None:
         return source
-    newest = rsl_rl.newest_in_run(directory)
-    if newest is None:
-        return None
-    source = rsl_rl.recognise(newest, read_contents(newest).tree)
+    run = rsl_rl.checkpoints_of_run(directory)
+    source = rsl_rl.recognise(run[-1], read_contents(run[-1]).tree) if run else None
     if source is not None:
-        source.notes = (f"This is {newest.name}, the newest checkpoint in {directory}.", *source.notes)
+        source.info = picked_newest(source.info, run, directory)
     return source

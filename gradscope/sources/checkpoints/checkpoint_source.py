@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress, Weights
+from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress, SourceInfo, Weights
 from gradscope.optimizer_state import OptimizerState, ParameterState, StoredMoment
 from gradscope.sources.checkpoints.parameter_names import is_buffer, is_float
 from gradscope.sources.checkpoints.stored_optimizer import StoredOptimizer
@@ -61,6 +62,12 @@ def model_parameters(leaves: Iterable[tuple[str, Leaf]]) -> ModelParameters:
 def parameters_in(tree: object, what: str, prefix: str = "") -> ModelParameters:
     """The parameters in a state dict, or in several nested ones; ``prefix`` goes before every name."""
     return model_parameters((f"{prefix}{name}", leaf) for name, leaf in named_leaves(tree, what))
+
+
+def picked_newest(info: SourceInfo, checkpoints: Sequence[Path], directory: Path) -> SourceInfo:
+    """``info`` of the last of ``checkpoints``, which were found in ``directory``, oldest first."""
+    which = f"newest of {len(checkpoints)}" if len(checkpoints) > 1 else "the only checkpoint"
+    return replace(info, picked=f"{checkpoints[-1].name}, {which} in {directory}")
 
 
 @dataclass(eq=False)

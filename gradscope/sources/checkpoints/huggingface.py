@@ -14,7 +14,12 @@ from pathlib import Path
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource, SourceInfo
-from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, parameters_in
+from gradscope.sources.checkpoints.checkpoint_source import (
+    CheckpointSource,
+    ModelParameters,
+    parameters_in,
+    picked_newest,
+)
 from gradscope.sources.checkpoints.parameter_names import (
     Candidate,
     InOrder,
@@ -50,10 +55,10 @@ _NO_DECAY = r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)"
 def recognise_directory(directory: Path) -> GradientSource | None:
     """The Trainer checkpoint or model in ``directory``, or the newest ``checkpoint-N`` in it; None if there is none."""
     weights, optimizer = _first(directory, _WEIGHTS), _first(directory, _OPTIMIZERS)
-    if optimizer is None and (newest := _newest_checkpoint(directory)) is not None:
-        source = recognise_directory(newest)
+    if optimizer is None and (checkpoints := _checkpoints(directory)):
+        source = recognise_directory(checkpoints[-1])
         if source is not None:
-            source.notes = (f"This is {newest.name}, the newest checkpoint in {directory}.", *source.notes)
+            source.info = picked_newest(source.info, checkpoints, directory)
         return source
     if weights is None or not (optimizer or (directory / "config.json").is_file()):
         return None
@@ -72,13 +77,14 @@ def _first(directory: Path, names: Sequence[str]) -> Path | None:
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
-def _newest_checkpoint(directory: Path) -> Path | None:
+def _checkpoints(directory: Path) -> list[Path]:
+    """The ``checkpoint-N`` that hold an optimizer, the highest number last."""
     numbered = [
         (int(match[1]), path)
         for path in directory.iterdir()
         if (match := _CHECKPOINT.fullmatch(path.name)) and _first(path, _OPTIMIZERS) is not None
     ]
-    return max(numbered)[1] if numbered else None
+    return [path for _, path in sorted(numbered)]
 
 
 def _optimizers(

@@ -55,10 +55,10 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
     )
 
 
-def newest_in_run(directory: Path) -> Path | None:
-    """The ``model_*.pt`` of a run's directory with the highest number; None if there is none."""
+def checkpoints_of_run(directory: Path) -> list[Path]:
+    """The ``model_*.pt`` of a run's directory, the highest number last."""
     numbered = [(int(match[1]), path) for path in directory.iterdir() if (match := _RUN_FILE.fullmatch(path.name))]
-    return max(numbered)[1] if numbered else None
+    return [path for _, path in sorted(numbered)]
 
 
 def _parameters(models: Mapping[str, Mapping[Any, Any]], what: str) -> ModelParameters:
