@@ -104,7 +104,7 @@ FORMATS: dict[str, tuple[bytes, str]] = {
     "blank lines": (b"\n\n\n", "no format that gradscope reads"),
     "csv": (b"step,loss,grad_norm\n1,0.5,2.0\n", "is CSV: reading norm logs is not supported yet"),
     "jsonl": (b'{"step": 1, "grad_norm": 2.0}\n', "is JSON: reading norm logs"),
-    "trainer state": (b'{"best": null, "log_history": []}', "is a trainer_state.json: reading norm logs"),
+    "trainer state": (b'{"best": null, "log_history": []}', "is the log of a Hugging Face Trainer: reading norm logs"),
     "parquet": (b"PAR1" + bytes(50) + b"PAR1", "is a Parquet file: reading norm logs"),
     "wandb": (b":W&B\x44\x00\x00" + bytes(50), "is a W&B run: reading norm logs"),
     "zip": (b"PK\x05\x06" + bytes(18), "without tensors"),

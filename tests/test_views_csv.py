@@ -63,10 +63,17 @@ def test_without_policies_the_norms_are_there() -> None:
     assert float(records(simulation())[0]["norm_max"]) == pytest.approx(9.9)
 
 
+def test_escapes_in_names_do_not_reach_a_terminal() -> None:
+    made = replace(policy("value:0.01", 0.01), layers=(results.PolicyLayer("\x1b[31mred\x9b\u202e", 1.0, 1.0, 0.0, 1),))
+    text = VIEWS["csv"](simulation(made), ViewChoices())
+    assert r"\x1b[31mred\x9b\u202e" in text
+    assert text.replace("\r\n", "").isprintable()
+
+
 def test_awkward_names_and_numbers() -> None:
     layers = (results.LayerNorm('a,"b"\r\nc', Spread.constant(float("nan")), 1, 1.0),)
     base = gradients(1)
     assert base.gradients is not None
     (row,) = records(replace(base, gradients=replace(base.gradients, layers=layers)))
-    assert row["name"] == 'a,"b"\r\nc'
+    assert row["name"] == r'a,"b"\r\nc'
     assert row["l2_norm_max"] == "nan"

@@ -19,7 +19,8 @@ from gradscope.spread import Spread
 from gradscope.views import VIEWS
 from gradscope.views.choices import ViewChoices
 from gradscope.views.screen import Column, Row, Screen, Table
-from gradscope.views.terminal import bar_text, shortened, terminal_text, wrapped
+from gradscope.views.terminal import bar_text, terminal_text
+from gradscope.views.wrapping import shortened, wrapped
 
 FLOATS = st.one_of(
     st.floats(0, 1e300), st.sampled_from([0.0, 5e-324, 1e-12, 0.5, 1.0, 999999.5, 1e18, float("nan"), float("inf")])
@@ -158,6 +159,27 @@ def test_the_checkpoint_screen_shows_what_matters() -> None:
     assert re.search(r"all +0\.500", text)
 
 
+def test_a_checkpoint_that_was_picked_is_named_first() -> None:
+    source = replace(checkpoint().source, picked="model_149.pt, newest of 4 in run")
+    assert table(replace(checkpoint(), source=source)).startswith("model_149.pt, newest of 4 in run · SB3 PPO · 12 ")
+
+
+def test_the_way_on_takes_the_max_norm_that_the_file_names() -> None:
+    base = checkpoint()
+    (optimizer,) = base.optimizers
+    (group,) = optimizer.groups
+    groups = (replace(group, max_norm=1.0), replace(group, max_norm=2.5), replace(group, max_norm=1.0))
+    text = table(replace(base, optimizers=(replace(optimizer, groups=groups),)))
+    assert " ".join(text.split()).endswith("gradscope simulate DIRECTORY --max-norm 1 2.5")
+
+
+def test_noise_has_no_consistency() -> None:
+    base = checkpoint()
+    text = table(replace(base, optimizers=(replace(base.optimizers[0], consistency=-0.013),)))
+    assert "(consistency: none)" in text
+    assert "(consistency: 0.4 %)" in table(base)
+
+
 def test_the_simulation_screen_of_one_policy_shows_its_phases() -> None:
     text = table(simulation(policy("norm:0.5", 0.5)), opening="Using cartpole.gradscope (newest, 2 min old)")
     assert text.startswith("Using cartpole.gradscope (newest, 2 min old): 8,000 updates, SB3 PPO\n")
@@ -205,6 +227,47 @@ def test_several_policies_are_set_side_by_side() -> None:
     assert re.search(r"clip_value 0\.01 +25\.0 % +17–35 % +75\.0 % +0\.10× +10\.2° +91\.8°", text)
     assert "Layers under clip_value 0.01" in text
     assert re.search(r"^ +0\.5 +66\.7 % +33\.3 % +0\.10×", text, re.M)
+
+
+def test_elements_are_counted_where_some_are_clipped() -> None:
+    by_value = replace(policy("value:0.01", 0.01, turned=10.0), clipped_elements_error=7)
+    by_layer = replace(policy("per-layer-norm:1", 1.0, turned=10.0), clipped_elements=0)
+    by_layer = replace(by_layer, layers=tuple(replace(layer, clipped_elements=0) for layer in by_layer.layers))
+    text = table(simulation(by_value, by_layer), width=140)
+    assert re.search(r"clip_value 0\.01 .* ≈ 1,234,567 ", text)
+    assert re.search(r"per-layer-norm:1 .* – +96$", text, re.M)
+    assert "elements clipped" not in table(simulation(by_layer), width=140)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    labels = ("norm:0.5", "value:0.01", "zclip:2.5", "per-layer-norm:1", "value:1")
+    made = simulation(*(policy(label, 0.5, turned=1.0) for label in labels))
+    text = " ".join(table(made, width=80).split())
+    assert "under each policy: clipped; per-layer-norm:1, clip_value 1 with --format csv" in text
+    assert "layers under per-layer-norm:1, clip_value 1 with --format csv" in text
+    assert "| per-layer-norm:1 | clip_value 1 |" in VIEWS["markdown"](made, ViewChoices())
+
+
+def test_a_column_and_its_footnote_go_together() -> None:
+    made = simulation(policy("per-tensor-norm:0.5", 0.5), policy("norm:1", 1.0))
+    made = replace(made, results=tuple(replace(policy, layers=()) for policy in made.results))
+    assert "scale" not in table(made, width=80)
+    assert table(made, width=120).count("(g·c)/‖g‖²") == 1
+    assert table(simulation(policy("value:0.01", 0.01, turned=10.0)), width=80).count("(g·c)/‖g‖²") == 1
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_columns_go_before_policies_and_phases_are_cut(width: int) -> None:
+    labels = ("norm:0.5", "value:0.01", "per-tensor-norm:0.5")
+    text = table(simulation(*(policy(label, 0.5, turned=1.0) for label in labels), sweep=True), width=width)
+    assert re.search(r"^  per-tensor-norm:0\.5 +25\.0 %", text, re.M)
+    assert re.search(r"^ +4,800–7,999 ", text, re.M)
+    assert max(map(cell_len, text.splitlines())) <= width
+
+
+def test_the_histogram_names_the_smallest_and_the_largest_norm() -> None:
+    text = table(simulation(policy("norm:0.5", 0.5)))
+    assert re.search(r"^  0\.112 +12\.1$", text, re.M)
 
 
 def test_without_a_policy_the_norms_and_the_way_on_are_shown() -> None:

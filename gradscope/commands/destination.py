@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from gradscope.commands.overwriting import refuse_overwriting
 from gradscope.errors import GradscopeError
+from gradscope.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Destination:
         from gradscope.views.choices import ViewChoices
 
         if opening and self.format != "table":
-            print(opening, file=sys.stderr)
+            print(printable(opening), file=sys.stderr)
         colour = self.file is None and not self.no_color and _colours_wanted(sys.stdout)
         choices = ViewChoices(
             by=by,
@@ -75,7 +76,7 @@ class Destination:
             return
         _write_to_file(self.file, text)
         if not self.quiet:
-            print(f"Wrote {self.file}", file=sys.stderr)
+            print(f"Wrote {printable(self.file)}", file=sys.stderr)
 
 
 def _colours_wanted(out: TextIO) -> bool:

@@ -51,8 +51,18 @@ def _usage_error(error: Exception) -> GradscopeError:
     if option:
         return GradscopeError(option, message)
     if parameter is not None:
+        if whole := _whole_number(parameter.type):
+            return GradscopeError(parameter.opts[0], whole)
         why = message.removeprefix("Value error, ")
         why = why[:1].lower() + why[1:]
         given, *choices = re.findall(r"'([^']*)'", why) or [""]
         return GradscopeError(parameter.opts[0], why, nearest(given, choices))
     return GradscopeError("usage", message, "gradscope --help lists the commands")
+
+
+def _whole_number(wanted: object) -> str | None:
+    """What an option of type ``wanted`` takes, if that is a whole number; typer speaks of an "int range"."""
+    if not getattr(wanted, "name", "").startswith("int"):
+        return None
+    least = getattr(wanted, "min", None)
+    return "must be a whole number" if least is None else f"must be a whole number of at least {least}"

@@ -64,6 +64,6 @@ def _kind_of_log(head: bytes) -> str | None:
     if head.startswith(b":W&B"):
         return "a W&B run"
     if head[:1] in (b"{", b"[") and b"\0" not in head:
-        return "a trainer_state.json" if b'"log_history"' in head else "JSON"
+        return "the log of a Hugging Face Trainer" if b'"log_history"' in head else "JSON"
     commas = [line.count(b",") for line in head[:4096].splitlines()[:2]]
     return "CSV" if b"\0" not in head and commas and commas[0] > 0 and len(set(commas)) == 1 else None

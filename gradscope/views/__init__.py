@@ -5,7 +5,9 @@ Adding an output adds a file and one entry below.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from gradscope.results import Inspection, Simulation
@@ -35,5 +37,6 @@ VIEWS: Mapping[Format, Callable[[Result, ViewChoices], str]] = {
     "table": lambda result, choices: terminal_text(screen(result, choices), choices),
     "json": lambda result, _: json_text(result),
     "csv": _csv_text,
-    "markdown": lambda result, choices: markdown_text(screen(result, choices)),
+    # A page has no width: nothing is left out of its tables.
+    "markdown": lambda result, choices: markdown_text(screen(result, replace(choices, width=sys.maxsize))),
 }

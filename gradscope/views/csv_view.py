@@ -1,4 +1,7 @@
-"""A result as one flat table in CSV (RFC 4180): full precision, one header line, empty where nothing is known."""
+"""A result as one flat table in CSV (RFC 4180): full precision, one header line, empty where nothing is known.
+
+Names are escaped as on the screen: a table may be shown by a terminal, too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from gradscope import results
+from gradscope.printable import printable
 from gradscope.spread import Spread
 from gradscope.views.choices import ViewChoices
 from gradscope.views.norm_rows import NormRow, gradient_rows, optimizer_rows, ordered, weight_rows
@@ -20,7 +24,7 @@ SIMULATION_COLUMNS = (
     "policy", "threshold", "scope", "name", "first_step", "last_step", "clip_rate", "clip_rate_low", "clip_rate_high",
     "effective_steps", "clipped_steps", "share", "norm_min", "norm_p50", "norm_p95", "norm_max", "scale_p50",
     "norm_ratio_p50", "direction_change_deg_p50", "direction_change_deg_max", "direction_change_error_deg",
-    "clipped_elements",
+    "clipped_elements", "clipped_elements_error",
 )  # fmt: skip
 
 
@@ -114,6 +118,7 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
         **(_direction(change) if change else {}),
         "direction_change_error_deg": policy.direction_change_error_deg,
         "clipped_elements": policy.clipped_elements,
+        "clipped_elements_error": policy.clipped_elements_error,
     }
     recent = policy.recent
     clipping = _clipping(recent.clip_rate, recent.clip_rate_ci95, recent.effective_steps)
@@ -139,6 +144,7 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
             "scale_p50": layer.scale,
             "direction_change_deg_p50": layer.direction_change_deg,
             "clipped_elements": layer.clipped_elements,
+            "clipped_elements_error": layer.clipped_elements_error,
         }
 
 
@@ -163,11 +169,15 @@ def _direction(change: Spread) -> Record:
     return {"direction_change_deg_p50": change.p50, "direction_change_deg_max": change.max}
 
 
+def _safe(cell: Cell) -> Cell:
+    return printable(cell) if isinstance(cell, str) else cell
+
+
 def _csv(records: Iterable[Record], columns: Iterable[str] = ()) -> str:
     rows = list(records)
     header = tuple(columns) or tuple(rows[0] if rows else ("name",))
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _safe(cell) for key, cell in row.items()} for row in rows)
     return text.getvalue()

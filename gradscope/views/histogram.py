@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from gradscope.notation import number
 from gradscope.views.choices import ViewChoices
 from gradscope.views.screen import Histogram, Line
+from gradscope.views.wrapping import wrapped
 
 HEIGHT = 4
 MARGIN = "  "
@@ -22,7 +23,7 @@ def histogram_lines(histogram: Histogram, choices: ViewChoices) -> Iterator[Line
     width = choices.width - len(MARGIN)
     each = max(1, min(3, width // len(histogram.counts)))
     span = each * len(histogram.counts)
-    yield [(MARGIN + histogram.title, "dim")]
+    yield from ([(MARGIN + line, "dim")] for line in wrapped(histogram.title, width))
     tallest = max(histogram.counts)
     for level in reversed(range(HEIGHT)):
         cells = (_cell(count / tallest, level, choices.unicode) * each for count in histogram.counts)

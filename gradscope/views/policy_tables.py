@@ -34,11 +34,11 @@ def policy_table(simulation: results.Simulation) -> Table:
     policies = simulation.results
     fields = [_NAME, *_rate_fields(simulation), _LENGTH, _DIRECTION, _LARGEST_ANGLE]
     if any(policy.direction_change_error_deg >= WORTHWHILE_ERROR_DEG for policy in policies):
-        fields.append(Field(Column("±", spare=5), lambda policy: angle(policy.direction_change_error_deg)))
-    fields.append(Field(Column("scale", spare=6, note=_SCALE), lambda policy: factor(policy.scale.p50)))
+        fields.append(Field(Column("±", spare=6), lambda policy: angle(policy.direction_change_error_deg)))
+    fields.append(Field(Column("scale", spare=7, note=_SCALE), lambda policy: factor(policy.scale.p50)))
     if any(policy.clipped_elements for policy in policies):
         fields.append(_ELEMENTS)
-    fields.append(Field(Column("independent", spare=8), lambda policy: count(policy.recent.effective_steps)))
+    fields.append(Field(Column("independent", spare=9), lambda policy: count(policy.recent.effective_steps)))
     return _table(fields, policies)
 
 
@@ -67,8 +67,8 @@ def _rate_fields(simulation: results.Simulation) -> list[Field]:
     recent = Field(
         Column("clipped" if whole else f"last {count(length)}"), lambda policy: percent(policy.recent.clip_rate)
     )
-    interval = Field(Column("95 %", spare=3), lambda policy: _interval(policy.recent.clip_rate_ci95))
-    overall = Field(Column("overall", spare=2), lambda policy: percent(policy.clip_rate))
+    interval = Field(Column("95 %", spare=4), lambda policy: _interval(policy.recent.clip_rate_ci95))
+    overall = Field(Column("overall", spare=3), lambda policy: percent(policy.clip_rate))
     return [recent, interval] if whole else [recent, interval, overall]
 
 
@@ -94,12 +94,12 @@ def _policy_elements(policy: results.PolicyResult) -> str:
 
 _NAME = Field(Column("policy", "left"), lambda policy: policy_words(policy.policy))
 _LENGTH = Field(
-    Column("length", spare=1, note="length: median share of the norm that is kept"),
+    Column("length", spare=2, note="length: median share of the norm that is kept"),
     lambda policy: factor(policy.norm_ratio.p50),
 )
-_DIRECTION = Field(Column("direction", note="direction: median change"), lambda policy: _angle(policy, "p50"))
-_LARGEST_ANGLE = Field(Column("at most", spare=4), lambda policy: _angle(policy, "max"))
-_ELEMENTS = Field(Column("elements clipped", spare=7), _policy_elements)
+_DIRECTION = Field(Column("direction", spare=1, note="direction: median change"), lambda policy: _angle(policy, "p50"))
+_LARGEST_ANGLE = Field(Column("at most", spare=5), lambda policy: _angle(policy, "max"))
+_ELEMENTS = Field(Column("elements clipped", spare=8), _policy_elements)
 
 
 # --- over the run ----------------------------------------------------------------------------------------------------
