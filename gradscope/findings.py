@@ -13,7 +13,7 @@ from gradscope.roles import role_of
 DOMINANT_SHARE = 0.9
 # A float32 norm squares and sums in float32: it is infinite from the square root of the largest float32 on.
 FLOAT32_NORM_OVERFLOW = math.sqrt(3.4028234663852886e38)
-FLOAT32_RANGE = {"float32", "bfloat16"}
+FLOAT32_RANGE = frozenset({"float32", "bfloat16"})
 KEPT_DEG = 1e-6
 _AT_LIMIT = 1e-4
 
@@ -23,13 +23,14 @@ class _Shared(Protocol):
     def name(self) -> str: ...
 
 
-def inspection_findings(inspection: results.Inspection) -> tuple[str, ...]:
-    """The sentences for an inspection, most important first."""
+def inspection_findings(inspection: results.Inspection, steps_read: int | None = None) -> tuple[str, ...]:
+    """The sentences for an inspection of ``steps_read`` steps (None: all), most important first."""
     found: list[str] = []
     gradients = inspection.gradients
     if gradients is not None:
-        found += _nonfinite(gradients.nonfinite, inspection.source.steps)
-        found += _overflow(gradients.tensors)
+        total = inspection.source.steps if steps_read is None else steps_read
+        found += _nonfinite(gradients.nonfinite, total, alone=gradients.at is not None)
+        found += _overflow(_float32_overflow(gradients))
         found += _dominance([(layer.name, layer.share) for layer in gradients.layers])
         found += _dead(gradients)
     if inspection.weights is not None:
@@ -41,28 +42,49 @@ def inspection_findings(inspection: results.Inspection) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int) -> list[str]:
+def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int, alone: bool = False) -> list[str]:
+    """What is broken in ``steps``, of ``total``; ``alone`` where one of them is all that is looked at."""
     if not steps:
         return []
     first = steps[0]
-    where = f"first in step {first.step} ({first.label})" if total > 1 else "first"
     before = f"; the last finite tensor before it is {first.last_finite_before[0]}" if first.last_finite_before else ""
-    tensors = names(first.tensors, most=2)
-    subject = "The step holds" if total == 1 else f"{count(len(steps))} of {count(total)} steps hold"
-    left_out = "" if total == len(steps) else " They are left out of every rate and quantile."
+    tensors = f"{names(first.tensors, most=2)}{before}"
+    step = f"step {first.step} ({first.label})"
+    if alone:
+        said = f"S{step[1:]} holds NaN or Inf, in {tensors}."
+    elif total == 1:
+        said = f"The step holds NaN or Inf, in {tensors}."
+    elif len(steps) == 1:
+        said = f"1 of {count(total)} steps holds NaN or Inf: {step}, in {tensors}."
+    else:
+        said = f"{count(len(steps))} of {count(total)} steps hold NaN or Inf, first {step}, in {tensors}."
+    if not alone and len(steps) < total:
+        said += f" {'It is' if len(steps) == 1 else 'They are'} left out of every rate and quantile."
     return [
-        f"{subject} NaN or Inf, {where} in {tensors}{before}.{left_out}",
+        said,
         "PyTorch's default clip_grad_norm_ would have made every gradient of the group NaN where there is a NaN; "
         "an Inf would have become NaN itself and zeroed all the others.",
     ]
 
 
-def _overflow(tensors: Sequence[results.TensorNorm]) -> list[str]:
-    huge = [t.name for t in tensors if t.dtype in FLOAT32_RANGE and FLOAT32_NORM_OVERFLOW <= t.l2_norm.max < math.inf]
-    if not huge:
+def _float32_overflow(gradients: results.GradientSummary) -> results.Float32Overflow | None:
+    huge = [t.name for t in gradients.tensors if t.dtype in FLOAT32_RANGE and _overflows(t.l2_norm.max)]
+    members = {group.name: {t.dtype for t in gradients.tensors if t.group == group.name} for group in gradients.groups}
+    groups = [g.name for g in gradients.groups if _overflows(g.l2_norm.max) and members[g.name] <= FLOAT32_RANGE]
+    return results.Float32Overflow(None, tuple(huge), tuple(groups)) if huge or groups else None
+
+
+def _overflows(norm: float) -> bool:
+    return FLOAT32_NORM_OVERFLOW <= norm < math.inf
+
+
+def _overflow(overflow: results.Float32Overflow | None, steps: int = 1) -> list[str]:
+    if overflow is None:
         return []
+    held = names(overflow.tensors) if overflow.tensors else f"the clip group {names(overflow.groups)} together"
+    when = f" in {count(overflow.steps)} of {count(steps)} steps" if overflow.steps and steps > 1 else ""
     return [
-        f"The squares of {names(huge)} overflow float32 although every element is finite: PyTorch's norm would be "
+        f"The squares of {held} overflow float32{when} although every element is finite: PyTorch's norm would be "
         "infinite and clip_grad_norm_ would zero the whole update."
     ]
 
@@ -112,9 +134,12 @@ def _saturation(optimizer: results.OptimizerReport, several: bool) -> list[str]:
         found.append(owner + _saturation_sentence(group, _window(optimizer)))
         found += [f"{owner}{qualification}." for qualification in group.qualifications]
     if not found and optimizer.recent_norm is not None and optimizer.max_norm is None:
+        apart = [f"{group.name} {number(group.recent_norm)}" for group in optimizer.groups if group.recent_norm]
+        each = f" ({', '.join(apart)})" if len(optimizer.groups) > 1 else ""
+        unnamed = "" if len(optimizer.groups) > 1 else "this file names no max_norm; "
+        hint = f"{unnamed}with --max-norm its clip saturation can be told."
         found.append(
-            f"{title}The recent gradient norm is {number(optimizer.recent_norm)}. This file names no max_norm; "
-            "with --max-norm its clip saturation can be told."
+            f"{title}The recent gradient norm is {number(optimizer.recent_norm)}{each}. {hint[0].upper()}{hint[1:]}"
         )
     return found
 
@@ -130,6 +155,8 @@ def _window(optimizer: results.OptimizerReport) -> str:
 def _saturation_sentence(group: results.OptimizerGroup, window: str) -> str:
     assert group.saturation is not None and group.max_norm is not None
     limit = f"max_norm {setting(group.max_norm)}"
+    if group.trained_max_norm is not None:
+        return _other_limit_sentence(group, group.trained_max_norm, limit, window)
     if abs(group.saturation - 1) <= _AT_LIMIT:
         return (
             f"All of the {window} sat at the limit: {limit} normalises your gradients; it is no safety net. "
@@ -138,15 +165,33 @@ def _saturation_sentence(group: results.OptimizerGroup, window: str) -> str:
     if group.saturation > 1:
         return f"The recent norm that the optimizer saw, {number(group.recent_norm or math.nan)}, is above {limit}."
     at_limit = (group.at_limit_share_at_least or {}).get("0.9", 0.0)
-    most = f"at most {percent(group.clipped_share_at_most or 0.0)} of the {window} were clipped by {limit}"
+    most = f"at most {percent(group.clipped_share_at_most or 0.0, 'up')} of the {window} were clipped by {limit}"
     if at_limit <= 0:
         return f"{most[0].upper()}{most[1:]}."
-    return f"{most[0].upper()}{most[1:]}; at least {percent(at_limit)} came within 10 % of it or were clipped."
+    return f"{most[0].upper()}{most[1:]}; at least {percent(at_limit, 'down')} came within 10 % of it or were clipped."
+
+
+def _other_limit_sentence(group: results.OptimizerGroup, trained: float, limit: str, window: str) -> str:
+    """Where the threshold asked about is not the one in force, what the optimizer saw tells less of it."""
+    assert group.max_norm is not None
+    said = f"This file was trained with max_norm {setting(trained)}, "
+    if group.max_norm > trained:
+        said += f"so what {limit} would have clipped reached the optimizer as {setting(trained)}"
+    else:
+        said += f"so {limit} was not in force and gradients above it reached the optimizer"
+    most = group.clipped_share_at_most or 0.0
+    bound = (
+        f"at most {percent(most, 'up')} of the {window} were above {limit}"
+        if most < 1
+        else f"how many of the {window} were above {limit} cannot be told"
+    )
+    return f"{said}: {bound}. Their recent norm is {number(group.recent_norm or math.nan)}."
 
 
 def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
     """The sentences for a simulation, most important first."""
     found = _nonfinite(simulation.nonfinite, simulation.steps)
+    found += _overflow(simulation.float32_overflow, simulation.steps)
     for result in simulation.results:
         found += _clipping(simulation, result)
     found += _directions(simulation.results)
@@ -171,13 +216,18 @@ def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> I
     whole = length == simulation.steps
     overall = "" if whole else f" ({percent(result.clip_rate)} overall)"
     which = f"the {'' if whole else 'last '}{count(length)} {step_word(simulation.source)}"
-    yield f"{policy} clips {percent(recent.clip_rate)}{interval} of {which}{overall}."
+    if is_skip(result):
+        yield f"{policy} drops {percent(recent.clip_rate)}{interval} of {which} whole{overall}."
+    else:
+        yield f"{policy} clips {percent(recent.clip_rate)}{interval} of {which}{overall}."
 
 
 def _one_step(policy: str, simulation: results.Simulation, result: results.PolicyResult) -> str:
     norm = number(simulation.norm.max, 4)
     if not result.clipped_steps:
         return f"{policy} leaves this gradient alone: its norm is {norm}."
+    if is_skip(result):
+        return f"{policy} drops this gradient whole: its norm is {norm}."
     return f"{policy} clips this gradient: its norm {norm} becomes {number(norm_after(simulation, result), 4)}."
 
 
@@ -191,7 +241,8 @@ def _directions(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
     kept = []
     for result in policies:
         change = result.direction_change_deg
-        if change is None or math.isnan(change.max) or result.clipped_steps == 0:
+        # What skip drops has no direction, and what it leaves is not touched.
+        if change is None or math.isnan(change.max) or result.clipped_steps == 0 or is_skip(result):
             continue
         name = policy_words(result.policy)
         if change.max < KEPT_DEG:
@@ -226,6 +277,11 @@ def _role_dominance(simulation: results.Simulation, result: results.PolicyResult
 def step_word(source: results.Source) -> str:
     """What the steps of ``source`` are called: a trace follows the updates, dumps are those that somebody recorded."""
     return "updates" if source.kind == "trace" else "steps"
+
+
+def is_skip(result: results.PolicyResult) -> bool:
+    """Whether the policy drops whole steps and leaves the others as they are."""
+    return result.policy.startswith("skip:")
 
 
 def policy_words(policy: str) -> str:

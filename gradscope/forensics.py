@@ -32,9 +32,10 @@ def analyse(state: OptimizerState, max_norm: float | None = None) -> OptimizerRe
     """What ``state`` tells about the gradients that its optimizer took in.
 
     ``max_norm`` is the υ of every clip group, in place of what the checkpoint names.  Where that names another, what
-    the optimizer saw had been clipped at the file's, and only what holds for both is reported.  Norms are L2, in the units of
-    the loss per parameter.  ``steps`` is the largest step count of any parameter; ``lr`` is None where the parameter
-    groups differ in it, and so are ``max_norm`` and the saturation where there are several clip groups that do.
+    the optimizer saw had been clipped at the file's, and only what holds for both is reported.  Norms are L2, in the
+    units of the loss per parameter.  ``steps`` is the largest step count of any parameter; ``lr`` is None where the
+    parameter groups differ in it, and so are ``max_norm`` and the saturation where there are several clip groups that
+    do.
 
     Sources: Kingma & Ba 2015 (bias correction); Pascanu et al. 2013 (clip by norm).  Never raises for what a
     checkpoint holds or lacks: the number is then None, and ``unavailable`` or ``qualifications`` say why.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,9 @@ from gradscope.errors import GradscopeError
 from gradscope.findings import inspection_findings
 from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
 from gradscope.nonfinite import name_fault
-from gradscope.selection import regroup, select_steps
+from gradscope.notation import setting
+from gradscope.optimizer_state import OptimizerState
+from gradscope.selection import place_of_step, regroup, select_steps
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.spread import Spread
 from gradscope.tensors import ClipGroup, TensorInfo
@@ -39,22 +42,53 @@ def inspect(
 
     Raises GradscopeError for unusable options and for whatever the source finds wrong with its files.
     """
-    if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
-        raise GradscopeError(f"--max-norm {max_norm:g}", "must be a positive, finite number")
+    if max_norm is not None and not (isinstance(max_norm, int | float) and 0 < max_norm < math.inf):
+        given = f"{max_norm:g}" if isinstance(max_norm, float) else f"{max_norm}"
+        raise GradscopeError(f"--max-norm {given}", "must be a positive, finite number")
     if (steps is not None or at is not None) and not source.tensors:
         raise GradscopeError(source.info.path, "holds no gradient steps to choose from")
+    selected = select_steps(steps, source.info.steps) if source.tensors else range(0)
     weights = source.weights(progress)
+    optimizers, notes = source.optimizers(progress), source.notes
+    if groups and not source.tensors:
+        optimizers, said = _regrouped(optimizers, groups, source.info.path, max_norm)
+        notes += said
     inspection = results.Inspection(
         schema=SCHEMA,
         source=results.Source(**asdict(source.info)),
         findings=(),
-        notes=source.notes,
+        notes=notes,
         skipped=source.skipped,
-        gradients=_gradients(source, steps, groups, at, progress) if source.tensors else None,
+        gradients=_gradients(source, selected, groups, at, progress) if source.tensors else None,
         weights=_weights(weights) if weights else None,
-        optimizers=tuple(forensics.analyse(state, max_norm) for state in source.optimizers(progress)),
+        optimizers=tuple(forensics.analyse(state, max_norm) for state in optimizers),
     )
-    return replace(inspection, findings=inspection_findings(inspection))
+    return replace(inspection, findings=inspection_findings(inspection, len(selected)))
+
+
+def _regrouped(
+    optimizers: Sequence[OptimizerState], groups: Mapping[str, str], path: str, max_norm: float | None
+) -> tuple[tuple[OptimizerState, ...], tuple[str, ...]]:
+    """The optimizers with other clip groups than those in force, whose max_norm does not apply to these."""
+    if not any(state.parameters for state in optimizers):
+        raise GradscopeError(path, "holds neither gradients nor an optimizer's state that --groups could divide")
+    infos = [[TensorInfo(p.name, p.shape, "") for p in state.parameters] for state in optimizers]
+    # A glob may match in one optimizer only, but must match in one.
+    regroup([info for own in infos for info in own], groups)
+    regrouped = []
+    for state, own in zip(optimizers, infos, strict=True):
+        held = {name: glob for name, glob in groups.items() if any(fnmatchcase(info.name, glob) for info in own)}
+        regrouped.append(replace(state, clip_groups=regroup(own, held)))
+    known = {g.name: g.max_norm for state in optimizers for g in state.clip_groups if g.max_norm is not None}
+    if not known:
+        return tuple(regrouped), ()
+    trained = ", ".join(f"{name} (max_norm {setting(limit)})" for name, limit in known.items())
+    bounds = (
+        "for other groups --max-norm gives the threshold of the saturation"
+        if max_norm is None
+        else f"the bounds are those of a run that clipped each of these groups at {setting(max_norm)}"
+    )
+    return tuple(regrouped), (f"The run clipped {trained}; {bounds}.",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,17 +148,14 @@ def _without_spectra(steps: Iterable[GradientStep]) -> Iterator[GradientStep]:
 
 def _gradients(
     source: GradientSource,
-    steps: str | slice | None,
+    selected: range,
     groups: Mapping[str, str] | None,
     at: int | None,
     progress: Progress | None,
 ) -> results.GradientSummary:
-    selected = select_steps(steps, source.info.steps)
     if at is not None:
-        if not -len(selected) <= at < len(selected):
-            raise GradscopeError(f"--at {at}", f"there are only {len(selected):,} steps")
-        at %= len(selected)
-        selected = selected[max(0, at - NEIGHBOURHOOD) : at + 1]
+        place = place_of_step(at, selected)
+        selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     columns = _Columns.of(source.read_steps(selected, progress))
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
     summary = _summary(source.tensors, clip_groups, columns if at is None else columns.last())

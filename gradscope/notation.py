@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+from typing import Literal
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -23,10 +25,11 @@ def setting(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-def percent(share: float) -> str:
+def percent(share: float, towards: Literal["nearest", "up", "down"] = "nearest") -> str:
     """A share in percent with one decimal, in prose as in tables.
 
-    It never rounds something to nothing, nor almost all to all: ``0.02 %``, ``< 0.01 %``, ``99.98 %``.
+    It never rounds something to nothing, nor almost all to all: ``0.02 %``, ``< 0.01 %``, ``99.98 %``.  An upper bound
+    is rounded ``"up"`` and a lower bound ``"down"``, so that it stays one.
     """
     if math.isnan(share):
         return "nan"
@@ -34,10 +37,19 @@ def percent(share: float) -> str:
     if value in (0, 100):
         return f"{value:.0f} %"
     for decimals in (1, 2):
-        text = f"{value:.{decimals}f}"
-        if 0 < float(text) < 100:
-            return f"{text} %"
-    return "< 0.01 %" if value < 50 else "> 99.99 %"
+        texts = [f"{value:.{decimals}f}", _rounded_percent(share, decimals, towards)]
+        if all(0 < float(text) < 100 for text in texts):
+            return f"{texts[1]} %"
+    if value < 50:
+        return "0 %" if towards == "down" else "< 0.01 %"
+    return "100 %" if towards == "up" else "> 99.99 %"
+
+
+def _rounded_percent(share: float, decimals: int, towards: str) -> str:
+    rounding = {"up": ROUND_CEILING, "down": ROUND_FLOOR}.get(towards, ROUND_HALF_EVEN)
+    # As it is written: 0.1 is 10.0 %, although its float64 is a little more.
+    exact = Decimal(repr(float(share))) * 100
+    return str(exact.quantize(Decimal(1).scaleb(-decimals), rounding))
 
 
 def angle(degrees: float) -> str:

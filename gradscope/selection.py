@@ -33,6 +33,20 @@ def select_steps(steps: str | slice | None, total: int) -> range:
     return selected
 
 
+def place_of_step(at: int, selected: range) -> int:
+    """Where the step numbered ``at`` stands among the ``selected`` ones; a negative number counts from their end.
+
+    Raises GradscopeError where it is not among them; the error says which are.
+    """
+    if not isinstance(at, int):
+        raise GradscopeError(f"--at {at}", "must be the number of a step")
+    if at >= 0 and at in selected:
+        return selected.index(at)
+    if -len(selected) <= at < 0:
+        return len(selected) + at
+    raise GradscopeError(f"--at {at}", f"steps run from {selected[0]} to {selected[-1]}")
+
+
 def _ends(steps: slice) -> tuple[object, ...]:
     return steps.start, steps.stop, steps.step
 

@@ -17,7 +17,7 @@ from gradscope.clipping.moments import Moments
 from gradscope.clipping.parsing import parse_policy
 from gradscope.clipping.policy import Convention, ElementPolicy, Policy, Replay, ScalePolicy, limit_norm
 from gradscope.errors import GradscopeError
-from gradscope.findings import simulation_findings
+from gradscope.findings import FLOAT32_NORM_OVERFLOW, FLOAT32_RANGE, simulation_findings
 from gradscope.gradients import SAVE_GRADIENTS, GradientSource, Progress
 from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
@@ -83,6 +83,7 @@ def simulate(
         sweep=_sweep(chosen, run, convention) if sweep else (),
         suggested_max_norm=_suggest(run, run.recent),
         suggested_max_norm_overall=_suggest(run, slice(0, len(run.index))),
+        float32_overflow=_float32_overflow(source, run),
     )
     return replace(simulation, findings=simulation_findings(simulation))
 
@@ -118,6 +119,23 @@ def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> No
                     f"{source.info.path} is a log of norms; this policy needs the gradients themselves",
                     SAVE_GRADIENTS,
                 )
+
+
+def _float32_overflow(source: GradientSource, run: _Run) -> results.Float32Overflow | None:
+    dtypes = [tensor.dtype for tensor in source.tensors]
+    groups = run.layout.groups
+    members = [{dtypes[i] for i in np.flatnonzero(groups.owner == group)} for group in range(len(groups))]
+    limit = FLOAT32_NORM_OVERFLOW**2
+    tensors = (run.energies >= limit) & np.array([dtype in FLOAT32_RANGE for dtype in dtypes])
+    whole = (run.group_norms >= FLOAT32_NORM_OVERFLOW) & np.array([dtypes <= FLOAT32_RANGE for dtypes in members])
+    steps = int((tensors.any(axis=1) | whole.any(axis=1)).sum())
+    if not steps:
+        return None
+    return results.Float32Overflow(
+        steps,
+        tuple(source.tensors[i].name for i in np.flatnonzero(tensors.any(axis=0))),
+        tuple(groups.names[i] for i in np.flatnonzero(whole.any(axis=0))),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -147,7 +147,7 @@ def test_nan_gradients_are_reported_and_no_error(run: Run, steps: Path) -> None:
     np.savez(steps / "step_31.npz", **broken)
     code, out, _ = run("simulate", steps, "--max-norm", "10")
     assert code == 0
-    assert "1 of 31 steps hold NaN or Inf" in out
+    assert "1 of 31 steps holds NaN or Inf" in out
     assert "policy_net.weight" in out
 
 

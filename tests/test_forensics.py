@@ -249,11 +249,32 @@ def test_a_saturated_run_counts_as_all_clipped() -> None:
 
 def test_gradients_beyond_the_clip_are_said() -> None:
     optimizer, _ = clipped_run([3.0] * 30, 3.0, OPTIMIZERS["Adam"][0])
-    report = analyse(state_of(optimizer, list(SHAPES), (ClipGroup("policy", tuple(SHAPES), 3.0),)), max_norm=0.5)
+    report = analyse(state_of(optimizer, list(SHAPES), (ClipGroup("policy", tuple(SHAPES)),)), max_norm=0.5)
     assert report.saturation == pytest.approx(36.0, rel=1e-4)
     assert report.max_norm == 0.5
     assert any("unclipped" in said for said in report.qualifications)
     assert (report.clipped_share_at_most, report.at_limit_share_at_least) == (1.0, None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    norms=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=40),
+    trained=st.floats(0.1, 10.0),
+    asked=st.floats(0.1, 10.0),
+)
+def test_another_max_norm_than_the_files_keeps_only_what_holds(
+    norms: list[float], trained: float, asked: float
+) -> None:
+    optimizer, _ = clipped_run(norms, trained, OPTIMIZERS["Adam"][0])
+    report = analyse(state_of(optimizer, list(SHAPES), (ClipGroup("policy", tuple(SHAPES), trained),)), max_norm=asked)
+    (group,) = report.groups
+    assert group.clipped_share_at_most is not None
+    weights = exponential_weights(0.999, len(norms))
+    assert float(weights @ (np.array(norms) > asked)) <= group.clipped_share_at_most + 1e-4
+    assert (group.max_norm, group.trained_max_norm) == (asked, None if asked == trained else trained)
+    if asked != trained:
+        assert group.at_limit_share_at_least is None
+        assert not any("unclipped" in said for said in report.qualifications)
 
 
 def test_each_clip_group_has_its_own_saturation() -> None:

@@ -57,7 +57,22 @@ def test_a_step_with_nan_is_named_and_left_out() -> None:
     assert gradients.nonfinite[0].last_finite_before == ("actor.0.bias",)
     finite = [np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in steps[i].values())) for i in (0, 1, 2, 4)]
     assert math.isclose(gradients.global_.l2_norm.mean, float(np.mean(finite)), rel_tol=1e-6)
-    assert "1 of 5 steps hold NaN or Inf, first in step 3" in inspection.findings[0]
+    assert inspection.findings[0] == (
+        "1 of 5 steps holds NaN or Inf: step 3 (step 3), in critic.0.weight; the last finite tensor before it is "
+        "actor.0.bias. It is left out of every rate and quantile."
+    )
+
+
+def test_the_sentence_on_nan_speaks_of_what_was_looked_at() -> None:
+    steps = network(1, 40)
+    for broken in (7, 12, 30):
+        steps[broken]["actor.0.weight"][0, 0] = np.inf
+    source = InMemorySource(steps)
+    assert inspect(source).findings[0].startswith("3 of 40 steps hold NaN or Inf, first step 7 (step 7), in actor.0.")
+    assert inspect(source, steps="10:20").findings[0].startswith("1 of 10 steps holds NaN or Inf: step 12 (step 12)")
+    assert inspect(source, at=12).findings[0] == "Step 12 (step 12) holds NaN or Inf, in actor.0.weight."
+    assert "NaN" not in "".join(inspect(source, at=13).findings)
+    assert inspect(source, steps="12:13").findings[0] == "The step holds NaN or Inf, in actor.0.weight."
 
 
 def test_where_no_step_is_finite_the_finite_tensors_still_have_norms() -> None:
@@ -79,6 +94,13 @@ def test_a_finite_gradient_that_overflows_the_float32_norm_is_said() -> None:
     gradients = inspection.gradients
     assert gradients is not None
     assert math.isclose(gradients.global_.l2_norm.max, math.hypot(np.float32(2e19), np.float32(1e19)), rel_tol=1e-12)
+
+
+def test_tensors_that_overflow_the_float32_norm_only_together_are_said() -> None:
+    steps = [{"a.w": np.full(2, 1e19, np.float32), "b.w": np.full(2, 1e19, np.float32)}]
+    findings = inspect(InMemorySource(steps)).findings
+    assert "The squares of the clip group all together overflow float32 although" in findings[0]
+    assert not inspect(InMemorySource([{name: a.astype(np.float64) for name, a in steps[0].items()}])).findings
 
 
 def test_dominance_and_dead_tensors_are_said() -> None:
@@ -107,10 +129,27 @@ def test_at_shows_one_step_and_the_twenty_before_it() -> None:
     assert last.at[-1].step == 39
 
 
-@pytest.mark.parametrize("at", [40, -41])
-def test_a_step_that_does_not_exist_is_refused(at: int) -> None:
-    with pytest.raises(GradscopeError, match="there are only 40 steps"):
-        inspect(InMemorySource(network(3, 40)), at=at)
+def test_at_is_the_number_of_a_step_whatever_is_selected() -> None:
+    source = InMemorySource(network(3, 40))
+    for at, steps in ((12, "10:35"), (34, "10:35"), (10, "10:35"), (-1, "10:13")):
+        gradients = inspect(source, at=at, steps=steps).gradients
+        assert gradients is not None and gradients.at is not None
+        assert gradients.at[-1].step == at if at > 0 else 12
+        assert gradients.at[0].step >= 10
+
+
+@pytest.mark.parametrize(
+    ("at", "steps", "message"),
+    [
+        (40, None, "steps run from 0 to 39"),
+        (-41, None, "steps run from 0 to 39"),
+        (9, "10:35", "steps run from 10 to 34"),
+        (35, "10:35", "steps run from 10 to 34"),
+    ],
+)
+def test_a_step_that_does_not_exist_is_refused(at: int, steps: str | None, message: str) -> None:
+    with pytest.raises(GradscopeError, match=message):
+        inspect(InMemorySource(network(3, 40)), at=at, steps=steps)
 
 
 def test_groups_are_redefined_by_glob() -> None:

@@ -59,6 +59,30 @@ def test_percent_never_rounds_some_to_none_or_to_all(share: float) -> None:
     assert percent(share) not in ("0 %", "0.0 %", "0.00 %", "100 %", "100.0 %", "100.00 %")
 
 
+@pytest.mark.parametrize(
+    ("share", "up", "down"),
+    [
+        (0.29492, "29.5 %", "29.4 %"),
+        (0.1, "10.0 %", "10.0 %"),
+        (0.3, "30.0 %", "30.0 %"),
+        (0.99921, "99.93 %", "99.9 %"),
+        (0.999999, "100 %", "> 99.99 %"),
+        (1e-9, "< 0.01 %", "0 %"),
+        (0.0006, "0.1 %", "0.06 %"),
+        (0.0, "0 %", "0 %"),
+        (1.0, "100 %", "100 %"),
+    ],
+)
+def test_bounds_stay_bounds(share: float, up: str, down: str) -> None:
+    assert (percent(share, "up"), percent(share, "down")) == (up, down)
+
+
+@given(st.floats(0, 1))
+def test_a_bound_is_never_rounded_past_the_truth(share: float) -> None:
+    up, down = (percent(share, towards).strip("<> %") for towards in ("up", "down"))
+    assert float(down) * (1 - 1e-15) <= 100 * share <= float(up) * (1 + 1e-15)
+
+
 def test_setting_is_what_was_typed() -> None:
     assert [setting(0.5), setting(10.0), setting(1e-5), setting(0.123456789)] == ["0.5", "10", "1e-05", "0.123456789"]
 
