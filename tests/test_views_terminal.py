@@ -169,8 +169,11 @@ def test_the_way_on_takes_the_max_norm_that_the_file_names() -> None:
     (optimizer,) = base.optimizers
     (group,) = optimizer.groups
     groups = (replace(group, max_norm=1.0), replace(group, max_norm=2.5), replace(group, max_norm=1.0))
+    asked = replace(group, max_norm=3.0, trained_max_norm=1.0)
     text = table(replace(base, optimizers=(replace(optimizer, groups=groups),)))
     assert " ".join(text.split()).endswith("gradscope simulate DIRECTORY --max-norm 1 2.5")
+    text = table(replace(base, optimizers=(replace(optimizer, groups=(asked,)),)))
+    assert " ".join(text.split()).endswith("gradscope simulate DIRECTORY --max-norm 1 3")
 
 
 def test_noise_has_no_consistency() -> None:
@@ -246,6 +249,12 @@ def test_what_does_not_fit_is_named() -> None:
     assert "under each policy: clipped; per-layer-norm:1, clip_value 1 with --format csv" in text
     assert "layers under per-layer-norm:1, clip_value 1 with --format csv" in text
     assert "| per-layer-norm:1 | clip_value 1 |" in VIEWS["markdown"](made, ViewChoices())
+
+
+def test_a_narrow_table_of_phases_keeps_the_policies() -> None:
+    made = simulation(*(policy(label, 0.5) for label in ("norm:0.5", "norm:1", "norm:2")))
+    assert re.search(r"^ +updates +max_norm 0.5 +max_norm 1 +max_norm 2$", table(made, width=56), re.M)
+    assert re.search(r"^ +updates +median norm +max_norm 0.5 +max_norm 1 +max_norm 2$", table(made, width=80), re.M)
 
 
 def test_a_column_and_its_footnote_go_together() -> None:

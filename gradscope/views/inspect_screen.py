@@ -68,7 +68,8 @@ def _optimizer_words(optimizer: results.OptimizerReport) -> str:
 
 
 def _next(inspection: results.Inspection, choices: ViewChoices) -> str:
-    limits = dict.fromkeys(group.max_norm for optimizer in inspection.optimizers for group in optimizer.groups)
+    groups = [group for optimizer in inspection.optimizers for group in optimizer.groups]
+    limits = dict.fromkeys(limit for group in groups for limit in (group.trained_max_norm, group.max_norm))
     policy = "--max-norm " + (" ".join(setting(limit) for limit in limits if limit is not None) or "0.5")
     if inspection.gradients is None:
         return (
@@ -164,8 +165,8 @@ def _clip_group_table(groups: Sequence[tuple[results.OptimizerReport, results.Op
                 f"{optimizer.name}: {group.name}" if several else group.name,
                 known(group.max_norm, setting),
                 known(group.recent_norm, number),
-                known(group.clipped_share_at_most, percent),
-                known((group.at_limit_share_at_least or {}).get("0.9"), percent),
+                known(group.clipped_share_at_most, lambda most: percent(most, "up")),
+                known((group.at_limit_share_at_least or {}).get("0.9"), lambda least: percent(least, "down")),
                 known(group.mean_norm, number),
                 known(group.consistency, consistency),
             )

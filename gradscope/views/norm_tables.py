@@ -63,7 +63,8 @@ def optimizer_fields(what: str, rows: Sequence[NormRow]) -> list[Field]:
     fields = [name_field(what), norm_field("recent norm"), SHARE]
     if any(row.mean_norm is not None for row in rows):
         fields.append(Field(Column("mean norm", spare=3), lambda row: known(row.mean_norm, number)))
-    if any(row.consistency is not None for row in rows):
+    # Several tensors have none together, so that by layer the column may be all but empty.
+    if 2 * sum(row.consistency is not None for row in rows) > len(rows):
         fields.append(Field(Column("consistency", spare=4), lambda row: known(row.consistency, consistency)))
     return fields
 

@@ -13,6 +13,8 @@ from gradscope.views.cells import factor
 from gradscope.views.screen import Column, Row, Table
 
 MOST_LAYERS = 8
+# In so few cells the policies come before what else a table tells of a phase or a clip group.
+NARROW = 60
 # An interval narrower than this is not worth a column: the angles are printed with three digits.
 WORTHWHILE_ERROR_DEG = 0.005
 _LAYERWISE_POLICIES = {"value", "agc", "per-layer-norm", "per-tensor-norm", "block-rms"}
@@ -177,8 +179,10 @@ def _side_by_side(
 ) -> Table:
     """``rows`` continued by the clip rates of as many policies as fit into ``width``, at least one."""
     titles = [policy_words(policy.policy) for policy, _ in rates]
-    room = width - sum(max(len(column.title), *(len(row[i]) for row in rows)) + 2 for i, column in enumerate(columns))
-    fitting = max(1, _fitting(titles, room))
+    fitting = _fitting(titles, width - _width(columns, rows))
+    while width <= NARROW and fitting < len(titles) and columns[-1].spare:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+        fitting = _fitting(titles, width - _width(columns, rows))
     for title, (_, values) in zip(titles[:fitting], rates, strict=False):
         columns = [*columns, Column(title)]
         rows = [[*row, percent(value)] for row, value in zip(rows, values, strict=True)]
@@ -186,12 +190,16 @@ def _side_by_side(
     return Table(tuple(columns), tuple(Row(tuple(row)) for row in rows), caption="; ".join(caption))
 
 
+def _width(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(len(column.title), *(len(row[i]) for row in rows)) + len("  ") for i, column in enumerate(columns))
+
+
 def _fitting(titles: Sequence[str], room: int) -> int:
-    """How many columns of these titles fit side by side."""
+    """How many columns of these titles fit side by side; the first is there in any case."""
     for i, title in enumerate(titles):
         room -= max(len(title), len("< 0.01 %")) + 2
         if room < 0:
-            return i
+            return max(1, i)
     return len(titles)
 
 
