@@ -277,6 +277,8 @@ def test_columns_go_before_policies_and_phases_are_cut(width: int) -> None:
 def test_the_histogram_names_the_smallest_and_the_largest_norm() -> None:
     text = table(simulation(policy("norm:0.5", 0.5)))
     assert re.search(r"^  0\.112 +12\.1$", text, re.M)
+    assert "▲ max_norm 0.5 clips 75.0 %" in text
+    assert "▲ skip:0.5 drops 75.0 %" in table(simulation(policy("skip:0.5", 0.5)))
 
 
 def test_without_a_policy_the_norms_and_the_way_on_are_shown() -> None:

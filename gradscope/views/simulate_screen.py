@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from gradscope import results
-from gradscope.findings import policy_words, step_word
+from gradscope.findings import is_skip, policy_words, step_word
 from gradscope.notation import count, number, percent, setting
 from gradscope.views.cells import factor
 from gradscope.views.choices import ViewChoices
@@ -88,7 +88,10 @@ def _policy_blocks(simulation: results.Simulation, choices: ViewChoices) -> Iter
 def _histogram(simulation: results.Simulation) -> Histogram:
     histogram = simulation.norm_histogram
     marks = [
-        (f"{policy_words(policy.policy)} clips {percent(policy.clip_rate)}", policy.threshold)
+        (
+            f"{policy_words(policy.policy)} {'drops' if is_skip(policy) else 'clips'} {percent(policy.clip_rate)}",
+            policy.threshold,
+        )
         for policy in simulation.results
         if policy.threshold is not None and policy.policy.split(":")[0] in _WHOLE_NORM_POLICIES
     ]
