@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from gradscope.gradient_energy import GradientEnergy, gradient_energy
+from gradscope.gradient_energy import NO_ENERGY, GradientEnergy, gradient_energy
 from gradscope.optimizer_state import OptimizerState, ParameterState
 from gradscope.results import OptimizerGroup, OptimizerReport, OptimizerTensor
 from gradscope.tensors import ClipGroup
@@ -68,7 +68,7 @@ def analyse(state: OptimizerState, max_norm: float | None = None) -> OptimizerRe
         qualifications=_unique(
             (*total.qualifications, *(said for group in groups for said in group.report.qualifications))
         ),
-        unavailable=_unavailable(tensors, stepped, total),
+        unavailable=_unavailable(state, tensors, stepped, total),
     )
 
 
@@ -136,11 +136,13 @@ def _unequal_weights(tensors: Sequence[_Tensor]) -> tuple[str, ...]:
     return ("The parameters' averages run over windows of different lengths",)
 
 
-def _unavailable(tensors: Sequence[_Tensor], stepped: Sequence[_Tensor], total: GradientEnergy) -> str | None:
+def _unavailable(
+    state: OptimizerState, tensors: Sequence[_Tensor], stepped: Sequence[_Tensor], total: GradientEnergy
+) -> str | None:
     if total.recent is not None:
         return None
     if not tensors:
-        return "the optimizer holds no parameters"
+        return NO_ENERGY.get(state.type, "the optimizer holds no parameters")
     if total.unavailable is not None:
         return total.unavailable
     lacking = [tensor for tensor in stepped or tensors if tensor.energy.recent is None]

@@ -16,6 +16,9 @@ from gradscope.optimizer_state import ParameterState, StoredMoment
 
 COARSE_DTYPES = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"})
 DECOUPLED_WEIGHT_DECAY = frozenset({"AdamW", "Adafactor", "Lion", "Muon"})
+OF_ITS_PARAMETERS_SHAPE = frozenset(
+    {"exp_avg", "exp_avg_sq", "square_avg", "grad_avg", "sum", "variance", "momentum_buffer"}
+)
 # Below this many steps the first gradient outweighs the rest of exp_avg, and noise alone gives more than f.
 LARGEST_TAIL_FOR_CONSISTENCY = 0.1
 
@@ -29,6 +32,7 @@ NO_ENERGY = {
     "Rprop": "Rprop keeps step sizes and gradient signs, no squared gradients",
     "ASGD": "ASGD averages the weights, not the gradients",
     "LBFGS": "LBFGS keeps differences of gradients, no squared gradients",
+    "damaged": "its state is damaged: state and param_groups are not what PyTorch writes",
     "unknown": "its state is of no optimizer that gradscope knows",
 }
 
@@ -241,12 +245,20 @@ def _moment(parameter: ParameterState, key: str) -> StoredMoment:
     moment = parameter.moments.get(key)
     if moment is None:
         raise _UntoldError(f"its state holds no {key}")
+    shape = parameter.shape
+    # Sharded training stores its state flat.
+    if shape is not None and moment.shape not in (shape, (math.prod(shape),)) and key in OF_ITS_PARAMETERS_SHAPE:
+        raise _UntoldError(
+            f"it is damaged: {key} of {parameter.name} has the shape {moment.shape}, the parameter has {shape}"
+        )
     return _finite(moment, key)
 
 
 def _finite(moment: StoredMoment, key: str) -> StoredMoment:
     if moment.spectrum.nonfinite:
         raise _UntoldError(f"{key} holds {moment.spectrum.nonfinite:,} NaN or infinite elements")
+    if moment.negative:
+        raise _UntoldError(f"it is damaged: {key} holds negative numbers, which means of squares never are")
     return moment
 
 

@@ -72,7 +72,7 @@ def _regrouped(
     """The optimizers with other clip groups than those in force, whose max_norm does not apply to these."""
     if not any(state.parameters for state in optimizers):
         raise GradscopeError(path, "holds neither gradients nor an optimizer's state that --groups could divide")
-    infos = [[TensorInfo(p.name, p.shape, "") for p in state.parameters] for state in optimizers]
+    infos = [[TensorInfo(p.name, p.shape or (), "") for p in state.parameters] for state in optimizers]
     # A glob may match in one optimizer only, but must match in one.
     regroup([info for own in infos for info in own], groups)
     regrouped = []

@@ -12,11 +12,15 @@ from gradscope.tensors import ClipGroup
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredMoment:
-    """One state tensor of one parameter (``exp_avg_sq``, ``square_avg``…)."""
+    """One state tensor of one parameter (``exp_avg_sq``, ``square_avg``…).
+
+    ``negative``: whether it holds a number below zero; looked for in averages of squares only.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     spectrum: MagnitudeSpectrum
+    negative: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,11 +28,11 @@ class ParameterState:
     """What the optimizer holds for one parameter.
 
     ``name`` is the parameter's name where it could be told, else ``param[i]``; ``shape`` likewise, else that of the
-    state.  ``param_group`` indexes ``OptimizerState.param_groups``.  ``step`` counts its updates.
+    state (None where that has none).  ``param_group`` indexes ``OptimizerState.param_groups``.  ``step`` counts its updates.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     param_group: int
     step: float | None
     moments: Mapping[str, StoredMoment]

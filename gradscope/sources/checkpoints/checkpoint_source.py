@@ -13,8 +13,9 @@ from gradscope.errors import GradscopeError
 from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress, SourceInfo, Weights
 from gradscope.optimizer_state import OptimizerState, ParameterState, StoredMoment
 from gradscope.sources.checkpoints.parameter_names import is_buffer, is_float
-from gradscope.sources.checkpoints.stored_optimizer import StoredOptimizer
+from gradscope.sources.checkpoints.stored_optimizer import SQUARES, StoredOptimizer
 from gradscope.sources.formats.tree import Leaf, UnreadableTensor, named_leaves, same_storage
+from gradscope.sources.signs import holds_negative
 from gradscope.sources.stored import StoredTensor, read, scan
 from gradscope.tensors import TensorInfo
 
@@ -111,6 +112,7 @@ class CheckpointSource(GradientSource):
             for tensor in parameter.moments.values()
         ]
         spectra = iter(scan(stored, progress))
+        shapes = {tensor.info.name: tensor.info.shape for tensor in self.model}
         return tuple(
             OptimizerState(
                 name=optimizer.name,
@@ -119,11 +121,16 @@ class CheckpointSource(GradientSource):
                 parameters=tuple(
                     ParameterState(
                         name=parameter.name,
-                        shape=parameter.shape or (),
+                        shape=shapes.get(parameter.name, parameter.shape),
                         param_group=parameter.param_group,
                         step=parameter.step,
                         moments={
-                            key: StoredMoment(tensor.info.shape, tensor.info.dtype, next(spectra))
+                            key: StoredMoment(
+                                tensor.info.shape,
+                                tensor.info.dtype,
+                                next(spectra),
+                                negative=key in SQUARES and holds_negative(tensor),
+                            )
                             for key, tensor in parameter.moments.items()
                         },
                     )

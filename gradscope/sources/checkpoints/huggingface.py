@@ -28,7 +28,7 @@ from gradscope.sources.checkpoints.parameter_names import (
     names_by_shape,
     names_in_order,
 )
-from gradscope.sources.checkpoints.scalars import attributes_of, number_of
+from gradscope.sources.checkpoints.scalars import attributes_of, max_norm_of, number_of
 from gradscope.sources.checkpoints.stored_optimizer import (
     Naming,
     StoredOptimizer,
@@ -112,11 +112,14 @@ def _max_norm(directory: Path) -> tuple[float | None, tuple[str, ...]]:
     if not path.is_file():
         return None, ("There is no training_args.bin, so max_norm is unknown (the Trainer's default is 1.0).",)
     try:
-        value = number_of(attributes_of(read_contents(path).tree).get("max_grad_norm"))
+        stored = attributes_of(read_contents(path).tree).get("max_grad_norm")
     except GradscopeError as error:
         return None, (f"max_norm is unknown: {error.what}: {error.why}.",)
-    if value is None:
+    if stored is None:
         return None, ("training_args.bin names no max_grad_norm.",)
+    value = number_of(stored)
+    if value is None:
+        return max_norm_of(stored, "training_args.bin")
     if not 0.0 < value < math.inf:
         return None, (f"max_grad_norm {value:g} in training_args.bin means no clipping.",)
     return value, ()

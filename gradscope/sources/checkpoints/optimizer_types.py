@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 UNKNOWN = "unknown"
+DAMAGED = "damaged"
 
 # Keys that mark a state, or the hyper-parameters beside it, as one optimizer's: the first match counts.
 _STATE_MARKS: tuple[tuple[str, str], ...] = (

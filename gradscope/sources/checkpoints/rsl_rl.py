@@ -17,7 +17,7 @@ from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource, SourceInfo
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, model_parameters
 from gradscope.sources.checkpoints.parameter_names import InOrder, with_prefix
-from gradscope.sources.checkpoints.scalars import mapping_of
+from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of
 from gradscope.sources.checkpoints.stored_optimizer import (
     StoredOptimizer,
     is_optimizer_state,
@@ -122,11 +122,11 @@ def _max_norm(checkpoint: Path) -> tuple[float | None, tuple[str, ...]]:
         return None, (f"max_norm is unknown: {error.what}: {error.why}.",)
     if value is None:
         return None, ("params/agent.yaml names no max_grad_norm.",)
-    return value, ()
+    return max_norm_of(value, "params/agent.yaml")
 
 
-def max_grad_norm_in(path: Path) -> float | None:
-    """``algorithm.max_grad_norm`` in an ``agent.yaml``; None if it is absent or no positive number.
+def max_grad_norm_in(path: Path) -> float | str | None:
+    """``algorithm.max_grad_norm`` in an ``agent.yaml``; its text if it is no number, None if it is absent.
 
     The file is only parsed, never constructed: Isaac Lab's hold Python tags, which stay text.
 
@@ -145,11 +145,16 @@ def max_grad_norm_in(path: Path) -> float | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradscopeError(str(path), f"is no YAML ({reason})") from None
     value = _entry(_entry(root, "algorithm"), "max_grad_norm")
-    try:
-        number = float(value.value) if isinstance(value, yaml.ScalarNode) else math.nan
-    except ValueError:
+    if value is None:
         return None
-    return number if 0.0 < number < math.inf else None
+    text = value.value if isinstance(value, yaml.ScalarNode) else "no number"
+    if text in ("", "~", "null"):
+        return None
+    try:
+        # YAML writes .inf and .nan.
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        return str(text)
 
 
 def _entry(node: Any, key: str) -> Any:

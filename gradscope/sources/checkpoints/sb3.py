@@ -15,7 +15,7 @@ from gradscope.gradients import GradientSource, SourceInfo
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, parameters_in
 from gradscope.sources.checkpoints.optimizer_types import class_name
 from gradscope.sources.checkpoints.parameter_names import Candidate, InOrder, with_prefix
-from gradscope.sources.checkpoints.scalars import mapping_of, number_of
+from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of
 from gradscope.sources.checkpoints.stored_optimizer import (
     StoredOptimizer,
     is_optimizer_state,
@@ -58,10 +58,12 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
         for name, state in _states(tree).items()
         if is_optimizer_state(state)
     )
+    _, doubt = max_norm_of(data.get("max_grad_norm"), "data")
+    told = not doubt and ("max_grad_norm" in data or algorithm in _NEVER_CLIP)
     return CheckpointSource(
         info=SourceInfo(str(path), "checkpoint", f"SB3 {algorithm}", 0),
         skipped=model.skipped,
-        notes=_notes(algorithm, optimizers, told="max_grad_norm" in data or algorithm in _NEVER_CLIP),
+        notes=(*_notes(algorithm, optimizers, told), *doubt),
         model=model.tensors,
         stored_optimizers=optimizers,
     )
@@ -98,7 +100,7 @@ def _optimizer(what: str, name: str, state: Tree, tree: dict[str, Tree], model: 
         whole = with_prefix(model.infos, f"{owner}.")
         naming = InOrder(whole, [[info for info in whole if "features_extractor" not in info.name]])
     optimizer = stored_optimizer(name, state, naming, what, _optimizer_class(data) if owner != "ent_coef" else None)
-    limit = number_of(data.get("max_grad_norm"))
+    limit, _ = max_norm_of(data.get("max_grad_norm"), "data")
     return replace(optimizer, clip_groups=whole_clip_group(optimizer, owner or "policy", limit))
 
 

@@ -39,6 +39,18 @@ def number_of(value: Tree) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def max_norm_of(value: Tree, where: str) -> tuple[float | None, tuple[str, ...]]:
+    """``value`` as a ``max_norm``, None for none; and a note if it is there but no number that could be one.
+
+    0 and infinity stand for no clipping, as the libraries write it.  ``where`` names the file for the note.
+    """
+    number = value if isinstance(value, float) and math.isinf(value) else number_of(value)
+    if value is None or (number is not None and number >= 0):
+        return number if number and math.isfinite(number) else None, ()
+    said = repr(value) if isinstance(value, bool | int | float | str) else "no number"
+    return None, (f"max_norm is unknown: max_grad_norm in {where} is {said[:40]}.",)
+
+
 def _only_element(tensor: FileTensor | MemoryTensor | StreamTensor) -> float | None:
     if tensor.info.numel != 1:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 from gradscope.errors import GradscopeError
-from gradscope.sources.checkpoints.optimizer_types import optimizer_type
+from gradscope.sources.checkpoints.optimizer_types import DAMAGED, optimizer_type
 from gradscope.sources.checkpoints.parameter_names import Shape, is_float
 from gradscope.sources.checkpoints.scalars import hyper_parameters, mapping_of, number_of
 from gradscope.sources.formats.tree import Tree
@@ -28,6 +28,10 @@ MOMENTS = (
     "col_var",
     "exp_avg_sq_row",
     "exp_avg_sq_col",
+)
+# Sums and means of squares, which are never negative.
+SQUARES = frozenset(
+    ("exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
 )
 # State that has its parameter's shape.
 _SHAPED = (
@@ -85,26 +89,25 @@ class Naming(Protocol):
 
 
 def is_optimizer_state(node: Tree) -> bool:
-    """Whether ``node`` is what ``Optimizer.state_dict()`` gives."""
+    """Whether ``node`` is what ``Optimizer.state_dict()`` gives, be it damaged."""
     content = mapping_of(node)
-    if content is None or mapping_of(content.get("state")) is None:
-        return False
-    groups = content.get("param_groups")
-    return isinstance(groups, list | tuple) and all("params" in (mapping_of(group) or {}) for group in groups)
+    return content is not None and {"state", "param_groups"} <= content.keys()
 
 
 def stored_optimizer(name: str, node: Tree, naming: Naming, what: str, type_: str | None = None) -> StoredOptimizer:
     """The optimizer whose ``state_dict()`` is ``node``.
 
     Names come from the state itself where it holds them, else from ``naming``; a parameter that neither names is
-    ``param[i]``.  ``type_`` is the class that the file tells, else its keys tell it.  ``what`` names the file.
+    ``param[i]``.  ``type_`` is the class that the file tells, else its keys tell it.  ``what`` names the file.  Of a
+    state or parameter groups of a wrong type only that is told: the type is ``"damaged"``.
 
     Raises:
-        GradscopeError: the state is none that PyTorch writes.
+        GradscopeError: the parameters are not numbered as PyTorch does.
     """
     content = mapping_of(node) or {}
-    state = mapping_of(content.get("state")) or {}
-    groups = [mapping_of(group) or {} for group in content.get("param_groups", ())]
+    state, groups = mapping_of(content.get("state")), _param_groups(content.get("param_groups"))
+    if state is None or groups is None:
+        return StoredOptimizer(name, DAMAGED, (), ())
     keys = _keys(groups, what)
     entries = [{k: mapping_of(state.get(k)) or {} for k in group} for group in keys]
     shapes = [[_shape(entry) for entry in group.values()] for group in entries]
@@ -122,6 +125,12 @@ def stored_optimizer(name: str, node: Tree, naming: Naming, what: str, type_: st
         for i, (g, entry) in enumerate(flat)
     )
     return StoredOptimizer(name, type_ or _type(flat, hyper), hyper, parameters)
+
+
+def _param_groups(node: Tree) -> list[Mapping[Any, Any]] | None:
+    """The parameter groups; None where they are not what PyTorch writes."""
+    groups = [mapping_of(group) or {} for group in node] if isinstance(node, list | tuple) else [{}]
+    return groups if all("params" in group for group in groups) else None
 
 
 def _keys(groups: Sequence[Mapping[Any, Any]], what: str) -> list[list[int | str]]:
