@@ -142,7 +142,7 @@ def _recent_is_all(simulation: results.Simulation) -> bool:
 def _thresholds(simulation: results.Simulation, suggested: Suggested, start: str) -> Iterator[str]:
     """The suggestions in three digits, rounded up: rounded down, they would clip more than they promise.
 
-    A share that is less than one step is none that was seen: the largest norm clips nothing, not 1 %.
+    A share that is less than one step gets the largest norm, which clips nothing, and is marked so.
     """
     span = suggested["steps"]
     values = {
@@ -151,13 +151,12 @@ def _thresholds(simulation: results.Simulation, suggested: Suggested, start: str
     if not isinstance(span, tuple) or not values or not all(map(math.isfinite, values.values())):
         return
     finite = span[1] - span[0] + 1 - sum(span[0] <= step.step <= span[1] for step in simulation.nonfinite)
-    told = {percents: number(_rounded_up(value)) for percents, value in values.items() if finite * percents >= 100}
-    if not told:
-        return
+    told = {
+        percents: number(_rounded_up(value)) + ("" if finite * percents >= 100 else " (the largest seen)")
+        for percents, value in values.items()
+    }
     first, *others = told
-    lacking = ", ".join(f"{percents} %" for percents in values if percents not in told)
     parts = [start.format(f"{first} %", told[first]), *(f"{percents} %: {told[percents]}" for percents in others)]
-    parts += [f"{lacking}: more {step_word(simulation.source)} needed"] if lacking else []
     yield "; ".join(parts) + "."
 
 
