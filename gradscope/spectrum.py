@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope._kernels import Scanner, clip_sums
 from gradscope.clipped_count import Bin, ClippedCount, exactly
 from gradscope.errors import GradscopeError
 from gradscope.value_clip import POINT_ROUNDING, Straddle, ValueClip, exact_sum
+
+try:
+    from gradscope._kernels import Scanner, clip_sums
+except ModuleNotFoundError as missing:
+    raise GradscopeError(
+        "gradscope",
+        "this source tree was not built: its compiled core is missing",
+        "pip install -e . builds it in place",
+    ) from missing
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
