@@ -28,7 +28,8 @@ class ParameterState:
     """What the optimizer holds for one parameter.
 
     ``name`` is the parameter's name where it could be told, else ``param[i]``; ``shape`` likewise, else that of the
-    state (None where that has none).  ``param_group`` indexes ``OptimizerState.param_groups``.  ``step`` counts its updates.
+    state (None where that has none).  ``param_group`` indexes ``OptimizerState.param_groups``.  ``step`` counts its
+    updates.
     """
 
     name: str

@@ -250,7 +250,11 @@ def test_two_tensors_of_one_name(tmp_path: Path) -> None:
 def test_weights_from_another_file(tmp_path: Path) -> None:
     dump(tmp_path / "g.safetensors", w=G)
     dump(tmp_path / "weights.safetensors", w=W)
-    weights = open_source(tmp_path / "g.safetensors", weights=tmp_path / "weights.safetensors").weights()
+    source = open_source(tmp_path / "g.safetensors", weights=tmp_path / "weights.safetensors")
+    assert source.notes == (
+        f"The weights in {tmp_path / 'weights.safetensors'} are for agc, which alone compares gradients with them.",
+    )
+    weights = source.weights()
     assert weights is not None and weights.read("w").tolist() == [5.0, 5.0]
 
 

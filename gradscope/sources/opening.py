@@ -53,6 +53,10 @@ def open_source(source: Any, *, as_: As | str | None = None, weights: Any = None
     opened = _opened(source, as_, parameters)
     if parameters is not None and not isinstance(opened, GradientDumps):
         raise GradscopeError("--weights", f"goes with gradient dumps, and {opened.info.path} holds none")
+    if parameters is not None:
+        opened.notes += (
+            f"The weights in {parameters.info.path} are for agc, which alone compares gradients with them.",
+        )
     return opened
 
 

@@ -6,7 +6,6 @@ critic have a state dict and a clip each, under one optimizer (``algorithms/ppo.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
