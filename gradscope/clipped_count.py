@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 # How narrow the bins of float32 and float64 scans are, and how many digits the dtypes have.
 BINS_PER_OCTAVE = 128
@@ -88,6 +87,8 @@ class Bin:
         if not self._sum_rounds:
             # On the grid products and differences are exact too.
             return self.sum_abs - self.count * self.lower, 0.0
+        from fractions import Fraction
+
         excess = Fraction(self.sum_abs) - self.count * Fraction(self.lower)
         return float(excess), math.ulp(self.sum_abs) / 2
 

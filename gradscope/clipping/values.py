@@ -46,7 +46,7 @@ class _ValueReplay:
         clips = [self._clip(step, i) for i in range(len(self._layout.tensors))]
         layers = _merge(clips, self._layout.layers)
         groups = _merge(clips, self._layout.groups)
-        joint = _merge(clips, self._layout.joint)
+        joint = [ValueClip.total(groups)]
         over = step.max_abs[None] > self._clip_value
         counts = [clip.clipped for clip in layers]
         self._layers.add(_series(layers, self._layout.layers.any(over))[0], counts)
@@ -78,7 +78,7 @@ def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
     members: list[list[ValueClip]] = [[] for _ in range(len(sets))]
     for owner, clip in zip(sets.owner.tolist(), clips, strict=True):
         members[owner].append(clip)
-    return [ValueClip.total(parts) for parts in members]
+    return [parts[0] if len(parts) == 1 else ValueClip.total(parts) for parts in members]
 
 
 def _series(clips: list[ValueClip], triggered: BoolArray) -> tuple[Series, float]:

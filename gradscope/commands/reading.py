@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from gradscope.sources import open_source
-from gradscope.sources.default import default_source
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -32,6 +31,8 @@ def choose_source(
     read_as: Literal["gradients", "weights"] | None = as_.value if as_ else None
     if paths:
         return open_source(paths[0] if len(paths) == 1 else paths, as_=read_as, weights=weights), ""
+    from gradscope.sources.default import default_source
+
     path, sentence = default_source()
     return open_source(path, as_=read_as, weights=weights), "" if quiet else sentence
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradscope.errors import GradscopeError
 from gradscope.sources.formats.file_region import FileRegion
-from gradscope.sources.formats.known_constructors import plain_constructors
-from gradscope.sources.formats.numpy_files import NPY_MAGIC, is_npz, read_npy, read_npz
-from gradscope.sources.formats.pickles import read_pickle
+from gradscope.sources.formats.magic import EMPTY_ZIP_MAGIC, LEGACY_TORCH_MAGIC, NPY_MAGIC, ZIP_MAGIC
 from gradscope.sources.formats.safetensors_files import (
     INDEX_SUFFIX,
     check_shard,
@@ -20,20 +19,13 @@ from gradscope.sources.formats.safetensors_files import (
     read_safetensors,
     shards_of_index,
 )
-from gradscope.sources.formats.torch_files import (
-    LEGACY_MAGIC,
-    is_script,
-    is_torch_archive,
-    read_legacy_torch,
-    read_torch_archive,
-)
 from gradscope.sources.formats.tree import Tree
-from gradscope.sources.formats.zip_members import ZIP_MAGIC, ZipMembers
-from gradscope.sources.norm_logs import refuse_norm_log
+
+if TYPE_CHECKING:
+    from gradscope.sources.formats.zip_members import ZipMembers
 
 HEAD_BYTES = 4096
 MAX_TEXT_MEMBER = 64 << 20
-EMPTY_ZIP_MAGIC = b"PK\x05\x06"
 TENSOR_SUFFIXES = (".pth", ".pt", ".npz", ".npy", ".safetensors")
 
 
@@ -66,6 +58,8 @@ def read_contents(path: Path) -> Contents:
     contents = _read_region(region, str(path))
     if contents is not None:
         return contents
+    from gradscope.sources.norm_logs import refuse_norm_log
+
     refuse_norm_log(region)
     raise GradscopeError(
         str(path),
@@ -85,18 +79,30 @@ def _read_sharded(index: Path) -> Contents:
 
 
 def _read_region(region: FileRegion, what: str, nested: bool = False) -> Contents | None:
-    """What a file or, ``nested``, a member of a zip file holds; None if its format is not known."""
+    """What a file or, ``nested``, a member of a zip file holds; None if its format is not known.
+
+    Each reader is loaded when its format is met: all of them take longer to load than a policy's gradients to read.
+    """
     with region.open() as stream:
         head = stream.read(HEAD_BYTES)
-    if head.startswith(ZIP_MAGIC) or head.startswith(EMPTY_ZIP_MAGIC):
+    if head.startswith((ZIP_MAGIC, EMPTY_ZIP_MAGIC)):
+        from gradscope.sources.formats.zip_members import ZipMembers
+
         return _read_zip(ZipMembers(region, what), nested)
     if head.startswith(NPY_MAGIC):
+        from gradscope.sources.formats.numpy_files import read_npy
+
         return Contents(read_npy(region, what), "npy", bare=True)
-    if head.startswith(LEGACY_MAGIC) or head[257:262] == b"ustar":
+    if head.startswith(LEGACY_TORCH_MAGIC) or head[257:262] == b"ustar":
+        from gradscope.sources.formats.torch_files import read_legacy_torch
+
         return Contents(read_legacy_torch(region, what), "legacy PyTorch")
     if looks_like_safetensors(head, region.size):
         return Contents(read_safetensors(region, what), "safetensors", bare=True)
     if re.match(rb"\x80[\x02-\x05]", head) or _is_text_pickle(head, region):
+        from gradscope.sources.formats.known_constructors import plain_constructors
+        from gradscope.sources.formats.pickles import read_pickle
+
         return Contents(read_pickle(region, what, plain_constructors(region)), "pickle")
     return None
 
@@ -111,6 +117,9 @@ def _is_text_pickle(head: bytes, region: FileRegion) -> bool:
 
 
 def _read_zip(members: ZipMembers, nested: bool) -> Contents:
+    from gradscope.sources.formats.numpy_files import is_npz, read_npz
+    from gradscope.sources.formats.torch_files import is_script, is_torch_archive, read_torch_archive
+
     if is_torch_archive(members):
         script = is_script(members)
         return Contents(read_torch_archive(members), "TorchScript" if script else "PyTorch", weights=script)

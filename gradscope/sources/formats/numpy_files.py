@@ -15,11 +15,11 @@ import numpy as np
 
 from gradscope.errors import GradscopeError
 from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.magic import NPY_MAGIC
 from gradscope.sources.formats.numpy_arrays import ArrayLayout, array_in_file, array_in_stream, checked_shape, layout_of
 from gradscope.sources.formats.tree import Leaf, UnreadableTensor
 from gradscope.sources.formats.zip_members import ZipMembers
 
-NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 1 << 16
 DESCR = re.compile(r"[<>|=]?[a-zA-Z?]\d{0,4}|[a-z]+\d+(_[a-z0-9]+)?")
 

@@ -25,7 +25,6 @@ from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor
 from gradscope.tensors import TensorInfo
 
 # Legacy files start with a pickled magic number (torch/serialization.py); in protocol 2 it begins so.
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # How torch says what it will not import.
 REFUSED_GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 MAX_COPIED_BYTES = 1 << 28

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gradscope.errors import GradscopeError
 from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.formats.magic import ZIP_MAGIC
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-ZIP_MAGIC = b"PK\x03\x04"
 # A directory of 32 MiB names several 100,000 members and takes some ten times its size in memory.
 MAX_DIRECTORY_BYTES = 32 << 20
 # Real gradients, even sparse ones, shrink less than 200-fold; deflate itself can reach 1032.
