@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int:
     """Run the command line; 0 done, 2 unusable input or options, 130 interrupted."""
     debug = "--debug" in sys.argv[1:]
+    # No matrix is multiplied here: numpy need not start a thread for every core.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from gradscope.commands.app import run
 
