@@ -79,11 +79,11 @@ def whole_process(folder: Path, rounds: int) -> Iterator[Row]:
     """``simulate`` against the torch script, from the start of the process to its end."""
     float32, bfloat16 = (str(folder / LARGE[dtype]) for dtype in ("float32", "bfloat16"))
     one = side_by_side(float32, ONE_VALUE, rounds)
-    yield from ratios("float32, 1 norm + 1 value", one, {"script": 5, "plain": None})
+    yield from ratios("float32, 1 norm + 1 value", one, {"script": 5, "plain": None, "tuned": None})
     ten = side_by_side(float32, TEN_VALUES, max(1, rounds // 2))
-    yield from ratios("float32, 1 norm + 10 values", ten, {"plain": 15, "script": None})
+    yield from ratios("float32, 1 norm + 10 values", ten, {"plain": 15, "script": None, "tuned": None})
     half = side_by_side(bfloat16, ONE_VALUE, rounds)
-    yield from ratios("bfloat16, 1 norm + 1 value", half, {"script": 5, "plain": None})
+    yield from ratios("bfloat16, 1 norm + 1 value", half, {"script": 5, "plain": None, "tuned": None})
     yield Row(
         "float32, peak memory", one["gradscope"].peak_mib, "MiB", 400, detail=f"script {one['script'].peak_mib:.0f}"
     )
@@ -98,7 +98,8 @@ def side_by_side(file: str, values: list[str], rounds: int) -> dict[str, Series]
     commands = {
         "gradscope": [*GRADSCOPE, "simulate", *options],
         "script": [*TORCH_SCRIPT, *options],
-        "plain": [*TORCH_SCRIPT, *options, "--plain"],
+        "plain": [*TORCH_SCRIPT, *options, "--form", "plain"],
+        "tuned": [*TORCH_SCRIPT, *options, "--form", "tuned"],
     }
     return alternate(commands, rounds)
 
