@@ -115,8 +115,6 @@ def _max_norm(checkpoint: Path) -> tuple[float | None, tuple[str, ...]]:
         return None, ("There is no params/agent.yaml beside it, so max_norm is unknown (rsl_rl's default is 1.0).",)
     try:
         value = max_grad_norm_in(path)
-    except ImportError:
-        return None, ("params/agent.yaml holds max_norm but needs PyYAML to be read: pip install 'gradscope[yaml]'.",)
     except GradscopeError as error:
         return None, (f"max_norm is unknown: {error.what}: {error.why}.",)
     if value is None:
@@ -131,7 +129,6 @@ def max_grad_norm_in(path: Path) -> float | str | None:
 
     Raises:
         GradscopeError: it is too large, or no YAML.
-        ImportError: PyYAML is missing.
     """
     import yaml
 

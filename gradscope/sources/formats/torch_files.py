@@ -90,7 +90,9 @@ def read_legacy_torch(region: FileRegion, what: str) -> Tree:
         import torch
     except ImportError:
         raise GradscopeError(
-            what, "is in PyTorch's format from before 1.6, which torch itself must read", "pip install gradscope[torch]"
+            what,
+            "is in PyTorch's format from before 1.6, which torch itself must read",
+            "pip install 'gradscope[torch]'",
         ) from None
     try:
         with region.open() as stream:
