@@ -179,8 +179,8 @@ def test_the_way_on_takes_the_max_norm_that_the_file_names() -> None:
 def test_noise_has_no_consistency() -> None:
     base = checkpoint()
     text = table(replace(base, optimizers=(replace(base.optimizers[0], consistency=-0.013),)))
-    assert "(consistency: none)" in text
-    assert "(consistency: 0.4 %)" in table(base)
+    assert "consistency: none, of two windows" in text
+    assert "consistency: 0.4 %, of two windows" in table(base)
 
 
 def test_the_simulation_screen_of_one_policy_shows_its_phases() -> None:

@@ -203,8 +203,10 @@ def _windows(optimizer: results.OptimizerReport) -> str:
         parts.append(f"recent norm: root mean square over {span}")
     if optimizer.mean_norm is not None and optimizer.mean_window is not None:
         mean = f"mean norm: norm of the mean gradient over ~{count(optimizer.mean_window)}"
-        agreement = "" if optimizer.consistency is None else f" (consistency: {consistency(optimizer.consistency)})"
-        parts.append(mean + agreement)
+        parts.append(mean)
+        if optimizer.consistency is not None:
+            told = consistency(optimizer.consistency)
+            parts.append(f"consistency: {told}, of two windows that differ in length")
     if optimizer.momentum_norm is not None:
         parts.append(f"momentum buffer: {number(optimizer.momentum_norm)}")
     text = "; ".join(parts)
