@@ -23,7 +23,7 @@ def spread(middle: float) -> Spread:
 
 
 def checkpoint() -> results.Inspection:
-    """The PPO checkpoint of SPEC section 8."""
+    """An SB3 PPO checkpoint whose optimizer sat at the limit."""
     group = results.OptimizerGroup(
         name="policy",
         max_norm=0.5,
@@ -159,7 +159,7 @@ def policy(label: str, threshold: float, turned: float = 0.0, error: float = 0.0
 
 
 def simulation(*policies: results.PolicyResult, sweep: bool = False) -> results.Simulation:
-    """The run of SPEC section 8."""
+    """A long PPO run whose gradients shrink on the way."""
     result = results.Simulation(
         schema="gradscope.simulate/1",
         source=results.Source("cartpole.gradscope", "trace", "SB3 PPO", 8000),
