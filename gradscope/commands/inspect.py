@@ -35,7 +35,7 @@ def inspect(
             "--max-norm",
             "--max-grad-norm",
             metavar="X",
-            help="The threshold for clip saturation where the checkpoint names none.",
+            help="The threshold for clip saturation, in place of what the checkpoint names.",
             rich_help_panel=options.READING,
         ),
     ] = None,
@@ -74,14 +74,14 @@ def inspect(
     A checkpoint holds no gradients, but its optimizer remembers how large they were after clipping.
     """
     from gradscope.commands.destination import Destination
-    from gradscope.commands.reading import choose_source, reading_progress
+    from gradscope.commands.reading import choose_source, reading
 
     destination = Destination(format_.value, output, no_color, quiet)
     destination.refuse_unusable(paths or [])
     chosen_groups = options.parse_groups(groups)
     limit = None if max_norm is None else options.parse_number("--max-norm", max_norm)
     source, opening = choose_source(paths, as_, quiet)
-    with reading_progress(quiet) as progress, source.reading_ahead(progress):
+    with reading(source, quiet, from_start=steps is None and at is None) as progress:
         # Loaded while the first step is being read: on a large file that is the time they take.
         from gradscope import inspection, views  # noqa: F401
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 from gradscope.sources import open_source
@@ -38,7 +38,14 @@ def choose_source(
 
 
 @contextmanager
-def reading_progress(quiet: bool) -> Iterator[Progress | None]:
+def reading(source: GradientSource, quiet: bool, from_start: bool) -> Iterator[Progress | None]:
+    """The progress of reading ``source``, whose first step is read ahead if the reading is ``from_start``."""
+    with _progress(quiet) as progress, source.reading_ahead(progress) if from_start else nullcontext():
+        yield progress
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
     """A progress bar on stderr for reads that take long; None where nobody would see it."""
     if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None

@@ -82,12 +82,12 @@ def simulate(
     chosen_groups = options.parse_groups(groups)
 
     from gradscope.commands.destination import Destination
-    from gradscope.commands.reading import choose_source, reading_progress
+    from gradscope.commands.reading import choose_source, reading
 
     destination = Destination(format_.value, output, no_color, quiet)
     destination.refuse_unusable([*(paths or []), *([weights] if weights else [])])
     source, opening = choose_source(paths, as_, quiet, weights)
-    with reading_progress(quiet) as progress, source.reading_ahead(progress):
+    with reading(source, quiet, from_start=steps is None) as progress:
         # Loaded while the first step is being read: on a large file that is the time they take.
         from gradscope import simulation, views  # noqa: F401
 
