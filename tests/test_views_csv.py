@@ -77,3 +77,15 @@ def test_awkward_names_and_numbers() -> None:
     (row,) = records(replace(base, gradients=replace(base.gradients, layers=layers)))
     assert row["name"] == r'a,"b"\r\nc'
     assert row["l2_norm_max"] == "nan"
+
+
+def test_the_rows_say_which_steps_were_read_and_what_is_a_mean() -> None:
+    read = {"steps": (50, 59), "0.50": 1.0, "0.10": 2.0, "0.05": 3.0, "0.01": 4.0}
+    picked = replace(simulation(policy("value:0.01", 0.01, turned=10.0)), steps=10, suggested_max_norm_overall=read)
+    for result in (picked, replace(picked, results=())):
+        overall = records(result)[0]
+        assert (overall["first_step"], overall["last_step"]) == ("50", "59")
+    layer = next(row for row in records(picked) if row["scope"] == "layer")
+    assert layer["scale_p50"] == layer["direction_change_deg_p50"] == ""
+    assert float(layer["scale_mean"]) == pytest.approx(picked.results[0].layers[0].scale)
+    assert float(layer["direction_change_deg_mean"]) == picked.results[0].layers[0].direction_change_deg

@@ -23,7 +23,8 @@ Record = dict[str, Cell]
 SIMULATION_COLUMNS = (
     "policy", "threshold", "scope", "name", "first_step", "last_step", "clip_rate", "clip_rate_low", "clip_rate_high",
     "effective_steps", "clipped_steps", "share", "norm_min", "norm_p50", "norm_p95", "norm_max", "scale_p50",
-    "norm_ratio_p50", "direction_change_deg_p50", "direction_change_deg_max", "direction_change_error_deg",
+    "scale_mean", "norm_ratio_p50", "direction_change_deg_p50", "direction_change_deg_mean", "direction_change_deg_max",
+    "direction_change_error_deg",
     "clipped_elements", "clipped_elements_error",
 )  # fmt: skip
 
@@ -88,7 +89,7 @@ def simulation_csv(simulation: results.Simulation) -> str:
 
 def _simulation_records(simulation: results.Simulation) -> Iterator[Record]:
     if not simulation.results:
-        yield {"scope": "overall", "last_step": simulation.steps - 1, "first_step": 0, **_norms(simulation.norm)}
+        yield {"scope": "overall", **_whole_run(simulation), **_norms(simulation.norm)}
     for policy in simulation.results:
         for record in _policy_records(simulation, policy):
             yield {"policy": policy.policy, "threshold": policy.threshold, **record}
@@ -108,7 +109,7 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
     change = policy.direction_change_deg
     yield {
         "scope": "overall",
-        **_steps((0, simulation.steps - 1)),
+        **_whole_run(simulation),
         **_clipping(policy.clip_rate, policy.clip_rate_ci95, policy.effective_steps),
         "clipped_steps": policy.clipped_steps,
         "share": 1.0,
@@ -141,8 +142,8 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
             "scope": "layer",
             "name": layer.name,
             "clip_rate": layer.clip_rate,
-            "scale_p50": layer.scale,
-            "direction_change_deg_p50": layer.direction_change_deg,
+            "scale_mean": layer.scale,
+            "direction_change_deg_mean": layer.direction_change_deg,
             "clipped_elements": layer.clipped_elements,
             "clipped_elements_error": layer.clipped_elements_error,
         }
@@ -150,6 +151,12 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
 
 def _norm_policy(max_norm: float) -> Record:
     return {"policy": f"norm:{max_norm!r}", "threshold": max_norm}
+
+
+def _whole_run(simulation: results.Simulation) -> Record:
+    """The first and the last step that were read, which ``--steps`` may have picked."""
+    span = simulation.suggested_max_norm_overall["steps"]
+    return _steps(span) if isinstance(span, tuple) else {}
 
 
 def _steps(steps: tuple[int, int]) -> Record:
