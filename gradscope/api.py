@@ -30,7 +30,7 @@ def inspect(
 
     ``as_`` settles what a bare mapping of tensors holds; ``steps`` (``"A:B"``) picks gradient steps, ``at`` one of them
     with the 20 before it; ``groups`` (name → glob) redefines the clip groups; ``max_norm`` is the threshold for clip
-    saturation where the checkpoint names none.  ``progress`` is told bytes done and bytes in all.
+    saturation; it takes the place of what the checkpoint names.  ``progress`` is told bytes done and bytes in all.
 
     Raises GradscopeError for unusable input or options.
     """

@@ -38,7 +38,7 @@ def inspect(
     """Read ``source`` once and describe it.
 
     ``steps`` (``"A:B"``) picks gradient steps; ``at`` picks one, and adds the 20 before it; ``groups`` (name → glob)
-    redefines the clip groups; ``max_norm`` is the υ for clip saturation where the checkpoint does not name it.
+    redefines the clip groups; ``max_norm`` is the υ for clip saturation, in place of what the checkpoint names.
 
     Raises GradscopeError for unusable options and for whatever the source finds wrong with its files.
     """
@@ -156,8 +156,8 @@ def _gradients(
     if at is not None:
         place = place_of_step(at, selected)
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
-    columns = _Columns.of(source.read_steps(selected, progress))
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
+    columns = _Columns.of(source.read_steps(selected, progress))
     summary = _summary(source.tensors, clip_groups, columns if at is None else columns.last())
     return summary if at is None else replace(summary, at=_step_rows(columns))
 

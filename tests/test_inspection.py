@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from in_memory_source import Arrays, InMemorySource
 
 from gradscope.errors import GradscopeError
+from gradscope.gradients import GradientStep, Progress
 from gradscope.inspection import inspect
 from gradscope.spread import Spread
 
@@ -164,3 +166,12 @@ def test_groups_are_redefined_by_glob() -> None:
 def test_an_impossible_max_norm_is_refused(max_norm: float) -> None:
     with pytest.raises(GradscopeError, match="positive, finite"):
         inspect(InMemorySource(network(5, 1)), max_norm=max_norm)
+
+
+def test_a_slip_in_groups_is_told_before_a_long_read() -> None:
+    class Unread(InMemorySource):
+        def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
+            raise AssertionError("read before the options were checked")
+
+    with pytest.raises(GradscopeError, match="matches no tensor"):
+        inspect(Unread(network(6, 2)), groups={"actor": "pi.*"})
