@@ -49,12 +49,31 @@ class SourceInfo:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RecordedClip:
+    """What a recording knows of a step beside its gradient.
+
+    ``time`` is in seconds since the epoch.  ``max_norm``, ``clip_value`` (NaN where nothing clipped so) and
+    ``returned_norm`` (NaN where nothing was returned) are float64 [groups], ``stepped`` int8 [groups]: 1 yes, 0 no,
+    -1 not known.  ``weight_norm`` and ``update_norm`` are float64 [tensors], NaN where they were not measured.
+    """
+
+    time: float
+    max_norm: FloatArray
+    clip_value: FloatArray
+    returned_norm: FloatArray
+    stepped: NDArray[np.int8]
+    weight_norm: FloatArray | None = None
+    update_norm: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GradientStep:
     """One optimizer step's gradient.  Arrays have one entry per tensor of the source, in its order.
 
     ``sum_squares`` (float64) and ``max_abs`` are over the finite elements; ``zeros``, ``nan`` and ``inf`` count
-    elements.  ``spectra`` holds a spectrum for every tensor that has one at this step.  ``read(i)`` returns tensor
-    ``i`` whole, as float64 or float32 of its own shape, where the source still has its elements.
+    elements.  ``spectra`` holds a spectrum for every tensor that has one at this step, and ``group_spectra`` one for
+    every clip group of the source, in its order, where those were recorded instead.  ``read(i)`` returns tensor ``i``
+    whole, as float64 or float32 of its own shape, where the source still has its elements.
     """
 
     index: int
@@ -66,6 +85,8 @@ class GradientStep:
     inf: IntArray
     spectra: tuple[MagnitudeSpectrum | None, ...]
     read: Callable[[int], NDArray[np.floating]] | None = None
+    group_spectra: tuple[MagnitudeSpectrum | None, ...] = ()
+    recorded: RecordedClip | None = None
 
     @classmethod
     def from_spectra(

@@ -1,0 +1,1 @@
+"""The stored format of a recorded run: ``NAME.gradscope/``."""
