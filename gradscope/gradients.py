@@ -20,7 +20,8 @@ IntArray = NDArray[np.int64]
 
 # The hint wherever gradients are wanted and missing.
 SAVE_GRADIENTS = (
-    "save the gradients yourself, one file per step, before clipping: safetensors.torch.save_file("
+    "record the run: gradscope record -- python train.py; or save the gradients yourself, one file per step, before "
+    "clipping: safetensors.torch.save_file("
     '{n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"grads/{step}.safetensors")'
 )
 
@@ -55,6 +56,7 @@ class RecordedClip:
     ``time`` is in seconds since the epoch.  ``max_norm``, ``clip_value`` (NaN where nothing clipped so) and
     ``returned_norm`` (NaN where nothing was returned) are float64 [groups], ``stepped`` int8 [groups]: 1 yes, 0 no,
     -1 not known.  ``weight_norm`` and ``update_norm`` are float64 [tensors], NaN where they were not measured.
+    ``norm_type`` is the p of each group's clip call, float64 [groups]; None: 2 throughout.
     """
 
     time: float
@@ -64,6 +66,7 @@ class RecordedClip:
     stepped: NDArray[np.int8]
     weight_norm: FloatArray | None = None
     update_norm: FloatArray | None = None
+    norm_type: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +132,8 @@ class GradientSource(ABC):
     """Anything that gradients, weights or optimizer state can be read from.
 
     ``tensors`` describes the gradient tensors and is empty where the source holds none.  ``groups`` are its clip
-    groups.  ``skipped`` names what was left out and why (``"step: int64"``); ``notes`` are sentences for the reader.
+    groups.  ``skipped`` names what was left out and why (``"step: int64"``); ``findings`` are sentences about what is
+    wrong with the run, most important first, and ``notes`` what else the reader should know.
     """
 
     info: SourceInfo
@@ -137,6 +141,7 @@ class GradientSource(ABC):
     groups: tuple[ClipGroup, ...] = ()
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    findings: tuple[str, ...] = ()
 
     @abstractmethod
     def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:

@@ -87,7 +87,7 @@ class CheckpointSource(GradientSource):
         raise GradscopeError(
             self.info.path,
             f"is a checkpoint ({self.info.format}) and holds no gradients",
-            f"{SAVE_GRADIENTS} (--batch FILE and `gradscope record` come with a later version)",
+            f"{SAVE_GRADIENTS} (--batch FILE, which computes them, comes with a later version)",
         )
 
     def weights(self, progress: Progress | None = None) -> Weights | None:
