@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
 
 def main() -> int:
     """Run the command line; 0 done, 2 unusable input or options, 130 interrupted."""
-    debug = "--debug" in sys.argv[1:]
-    # No matrix is multiplied here: numpy need not start a thread for every core.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    debug = "--debug" in itertools.takewhile(lambda word: word != "--", sys.argv[1:])
+    if sys.argv[1:2] != ["record"]:
+        # No matrix is multiplied here: numpy need not start a thread for every core.  A recorded command may want them.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from gradscope.commands.app import run
 

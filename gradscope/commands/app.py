@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from gradscope.commands.failures import nearest
 from gradscope.commands.inspect import inspect
+from gradscope.commands.record import record
 from gradscope.commands.several_values import SeveralValues
 from gradscope.commands.simulate import simulate
 from gradscope.errors import GradscopeError
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 app.command(cls=SeveralValues)(inspect)
 app.command(cls=SeveralValues)(simulate)
+# Options behind the command's first word are the command's.
+app.command(context_settings={"allow_interspersed_args": False})(record)
 
 
 @app.callback(invoke_without_command=True)
