@@ -59,7 +59,7 @@ def record(
         StopOn | None,
         typer.Option(
             "--stop-on",
-            help="Interrupt the run, as Ctrl-C does, after the first step that holds NaN or Inf.",
+            help="End the run by a FloatingPointError at the first step that used NaN or Inf.",
             rich_help_panel=WHAT,
         ),
     ] = None,

@@ -55,10 +55,10 @@ def _recorder(settings: RecordSettings) -> Recorder:
         every=settings.every,
         start=settings.start,
         max_steps=settings.max_steps,
-        include=list(settings.include) if settings.include else None,
+        include=settings.include,
         detail=settings.detail,
         stop_on=settings.stop_on,
         force=settings.force,
-        command=list(settings.command),
-        quiet=settings.quiet,
+        command=settings.command,
+        launched=settings,
     )
