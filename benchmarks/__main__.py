@@ -71,6 +71,7 @@ def measure(folder: Path, rounds: int, quiet: bool) -> Iterator[Row]:
         rows.accuracy(folder),
         rows.scan_alone(folder, rounds),
         rows.whole_process(folder, rounds),
+        rows.recording(),
     )
     for section in sections:
         for row in section:

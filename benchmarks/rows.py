@@ -152,6 +152,15 @@ def accuracy(folder: Path) -> Iterator[Row]:
         yield Row(f"{dtype}, angle: stated error", stated, "°", 0.1 if dtype == "float32" else 1e-5)
 
 
+def recording() -> Iterator[Row]:
+    """What recording costs a training, beside its peers; in processes of their own, which alternate by themselves."""
+    for part in ("ppo", "learn", "transformer"):
+        said = subprocess.run(
+            [sys.executable, "-m", "benchmarks.recording_overhead", part], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+        yield from (Row(**json.loads(line)) for line in said.splitlines())
+
+
 def reported(*arguments: str) -> Any:
     done = subprocess.run([*GRADSCOPE, *arguments, "--format", "json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)

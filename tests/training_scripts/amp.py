@@ -1,6 +1,6 @@
 """Mixed precision on the CPU as PyTorch's recipe has it: scale, unscale, clip, step.
 
-``--clip none`` leaves unscaling to the scaler, with ``--fused`` to the optimizer; ``--overflow`` makes a batch infinite.
+``--clip none`` leaves unscaling to the scaler, with ``--fused`` to the optimizer; ``--overflow`` spoils one batch.
 """
 
 import argparse

@@ -1,0 +1,303 @@
+"""What recording costs a training: ``python -m benchmarks.recording_overhead [ppo|learn|transformer]``.
+
+One process trains in blocks, and every block of a round does the same work from the same state: once as it is, once
+while gradscope records, once under each peer.  Drift of the machine hits all blocks of a round alike, so the paired
+ratios count; the unrecorded block comes twice a round, and how much its two ratios differ is the noise of the figure.
+
+Prints one JSON object a figure; ``python -m benchmarks`` makes rows of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+
+from gradscope import Recorder
+
+# Enough to contain several flushes of a trace, and few enough for the machine to stay the same over a round.
+PPO_EPOCHS = 10
+LEARN_TIMESTEPS = 4096
+# Every tenth step measures more than the others.
+TRANSFORMER_STEPS = 10
+BATCH, LENGTH, VOCABULARY = 8, 128, 1000
+
+Mode = Callable[[torch.nn.Module], AbstractContextManager[None]]
+
+
+@dataclass
+class Timer:
+    """Seconds spent in ``clip_grad_norm_`` and ``optimizer.step``, hooks included, and how many steps there were."""
+
+    seconds: float = 0.0
+    updates: int = 0
+
+    def around(self, function: Callable[..., Any], counts: bool) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **options)
+            self.seconds += time.perf_counter() - start
+            self.updates += counts
+            return result
+
+        return timed
+
+
+@dataclass
+class Block:
+    """Per update: wall ``seconds``, those in clip and step (``inside``), and CPU seconds of ``other_threads``."""
+
+    seconds: float
+    inside: float
+    other_threads: float
+
+
+def timed_block(timer: Timer, train: Callable[[], None]) -> Block:
+    timer.seconds, timer.updates = 0.0, 0
+    others = time.process_time() - time.thread_time()
+    start = time.perf_counter()
+    train()
+    seconds = time.perf_counter() - start
+    others = time.process_time() - time.thread_time() - others
+    return Block(seconds / timer.updates, timer.seconds / timer.updates, others / timer.updates)
+
+
+@contextlib.contextmanager
+def unrecorded(_: torch.nn.Module) -> Iterator[None]:
+    yield
+
+
+def recorded(**options: Any) -> Mode:
+    @contextlib.contextmanager
+    def record(_: torch.nn.Module) -> Iterator[None]:
+        with tempfile.TemporaryDirectory() as folder, Recorder(f"{folder}/run.gradscope", quiet=True, **options):
+            yield
+
+    return record
+
+
+@contextlib.contextmanager
+def norm_and_item(_: torch.nn.Module) -> Iterator[None]:
+    """What one writes by hand: every parameter's norm, before the clip."""
+    clip = torch.nn.utils.clip_grad_norm_
+    norms: list[float] = []
+
+    def observed(parameters: Any, *args: Any, **options: Any) -> torch.Tensor:
+        held = list(parameters)
+        norms[:] = [p.grad.norm().item() for p in held if p.grad is not None]
+        return clip(held, *args, **options)
+
+    torch.nn.utils.clip_grad_norm_ = observed
+    try:
+        yield
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+
+
+def watched_by_wandb(folder: str) -> Mode | None:
+    if importlib.util.find_spec("wandb") is None:
+        print("wandb is not installed (pip install wandb): its rows are left out", file=sys.stderr)
+        return None
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    import wandb
+
+    run = wandb.init(mode="offline", dir=folder, project="overhead")
+
+    @contextlib.contextmanager
+    def watch(model: torch.nn.Module) -> Iterator[None]:
+        run.watch(model, log="gradients", log_freq=1)
+        try:
+            yield
+        finally:
+            run.unwatch(model)
+
+    return watch
+
+
+def modes(folder: str, peers: bool) -> dict[str, Mode]:
+    found: dict[str, Mode] = {
+        "nothing": unrecorded,
+        "default": recorded(),
+        "--detail full": recorded(detail="full"),
+        "nothing again": unrecorded,
+    }
+    if peers:
+        found["norm().item()"] = norm_and_item
+        wandb = watched_by_wandb(folder)
+        if wandb is not None:
+            found["wandb.watch(log_freq=1)"] = wandb
+    return found
+
+
+def alternate(modes: dict[str, Mode], rounds: int, run: Callable[[Mode], Block]) -> dict[str, list[Block]]:
+    """One block of each mode a round, every round in another order."""
+    blocks: dict[str, list[Block]] = {name: [] for name in modes}
+    names = list(modes)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            blocks[name].append(run(modes[name]))
+    return blocks
+
+
+def report(what: str, blocks: dict[str, list[Block]], limits: dict[str, float]) -> None:
+    """A line per mode: the median of the paired ratios, in per cent over no recording."""
+    base = blocks["nothing"]
+    for name, found in blocks.items():
+        if name == "nothing":
+            continue
+        shares = [100 * (b.seconds / own.seconds - 1) for b, own in zip(found, base, strict=True)]
+        hooks = [1e6 * (b.inside - own.inside) for b, own in zip(found, base, strict=True)]
+        threads = [1e6 * (b.other_threads - own.other_threads) for b, own in zip(found, base, strict=True)]
+        low, _, high = quantiles(shares, n=4)
+        step, hook = median(own.seconds for own in base), median(hooks)
+        detail = (
+            f"quartiles {low:+.2f} to {high:+.2f} of {len(shares)} rounds; step {1e3 * step:.3f} ms; in clip and step "
+            f"{hook:+.1f} µs ({hook / step / 1e4:+.2f} %), other threads {median(threads):+.1f} µs"
+        )
+        print(
+            json.dumps(
+                {
+                    "what": f"{what}, {name}",
+                    "measured": median(shares),
+                    "unit": "%",
+                    "limit": limits.get(name),
+                    "detail": detail,
+                }
+            ),
+            flush=True,
+        )
+
+
+def ppo(folder: str, rounds: int) -> None:
+    """The training step of SB3's PPO: ``train()`` on one rollout, again and again."""
+    torch.set_num_threads(1)
+    model = PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    train = model.train
+    # A rollout is collected and the loggers are set up; what learn() trained is put back before every block.
+    weights = copy.deepcopy(model.policy.state_dict())
+    optimizer = copy.deepcopy(model.policy.optimizer.state_dict())
+    model.learn(2048)
+    timer = Timer()
+    clip = torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = timer.around(clip, counts=False)
+    model.policy.optimizer.step = timer.around(model.policy.optimizer.step, counts=True)  # type: ignore[method-assign]
+
+    def start_over(epochs: int) -> None:
+        model.policy.load_state_dict(weights)
+        model.policy.optimizer.load_state_dict(copy.deepcopy(optimizer))
+        np.random.seed(0)
+        model.n_epochs = epochs
+
+    def run(mode: Mode) -> Block:
+        with mode(model.policy):
+            # The first steps name the parameters and open the files, once in a run.
+            start_over(1)
+            train()
+            start_over(PPO_EPOCHS)
+            return timed_block(timer, train)
+
+    run(unrecorded)
+    limits = {"default": 2.0, "--detail full": 4.0}
+    report("PPO training step", alternate(modes(folder, peers=True), rounds, run), limits)
+    torch.nn.utils.clip_grad_norm_ = clip
+
+
+def learn(folder: str, rounds: int) -> None:
+    """All of ``learn()``, rollouts and the start and end of recording included."""
+    torch.set_num_threads(1)
+
+    def run(mode: Mode) -> Block:
+        model = PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+        timer = Timer()
+        model.policy.optimizer.step = timer.around(model.policy.optimizer.step, counts=True)  # type: ignore[method-assign]
+
+        def whole() -> None:
+            with mode(model.policy):
+                model.learn(LEARN_TIMESTEPS)
+
+        return timed_block(timer, whole)
+
+    run(unrecorded)
+    report("PPO learn()", alternate(modes(folder, peers=True), rounds, run), {})
+
+
+class Transformer(torch.nn.Module):
+    """A decoder of 26 million parameters: 8 layers of width 512."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 512)
+        layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
+        self.head = torch.nn.Linear(512, VOCABULARY)
+        self.register_buffer("mask", torch.nn.Transformer.generate_square_subsequent_mask(LENGTH))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(self.embedding(tokens), mask=self.mask, is_causal=True))  # type: ignore[no-any-return]
+
+
+def transformer(folder: str, rounds: int) -> None:
+    """A network that is large for a CPU, so that what recording does per element shows."""
+    torch.manual_seed(0)
+    model = Transformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batches = torch.randint(VOCABULARY, (TRANSFORMER_STEPS, BATCH, LENGTH + 1))
+    timer = Timer()
+    clip = timer.around(torch.nn.utils.clip_grad_norm_, counts=False)
+    step = timer.around(optimizer.step, counts=True)
+
+    def train(steps: int = TRANSFORMER_STEPS) -> None:
+        for batch in batches[:steps]:
+            optimizer.zero_grad()
+            logits = model(batch[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            clip(model.parameters(), 1.0)
+            step()
+
+    def run(mode: Mode) -> Block:
+        with mode(model):
+            train(1)
+            return timed_block(timer, train)
+
+    run(unrecorded)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    limits = {"default": 2.0, "--detail full": 4.0}
+    what = f"transformer of {size:.0f} M parameters, {BATCH * LENGTH} tokens"
+    report(what, alternate(modes(folder, peers=False), rounds, run), limits)
+
+
+PARTS = {"ppo": (ppo, 40), "learn": (learn, 6), "transformer": (transformer, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recording_overhead", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--rounds", type=int, help="blocks of every mode")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "wandb").mkdir()
+        for name in options.parts or PARTS:
+            part, rounds = PARTS[name]
+            part(folder, options.rounds or rounds)
+
+
+if __name__ == "__main__":
+    main()
