@@ -20,6 +20,7 @@ def inspect(
     source: Readable,
     *,
     as_: ReadAs | None = None,
+    tag: str | None = None,
     steps: str | slice | None = None,
     groups: Mapping[str, str] | None = None,
     max_norm: float | None = None,
@@ -28,15 +29,16 @@ def inspect(
 ) -> Inspection:
     """What is in ``source``: norms of its gradients and weights, and what its optimizers know.
 
-    ``as_`` settles what a bare mapping of tensors holds; ``steps`` (``"A:B"``) picks gradient steps, ``at`` one of them
-    with the 20 before it; ``groups`` (name → glob) redefines the clip groups; ``max_norm`` is the threshold for clip
-    saturation; it takes the place of what the checkpoint names.  ``progress`` is told bytes done and bytes in all.
+    ``as_`` settles what a bare mapping of tensors holds; ``tag`` (a name or a glob) picks series of a log of norms;
+    ``steps`` (``"A:B"``) picks gradient steps, ``at`` one of them with the 20 before it; ``groups`` (name → glob)
+    redefines the clip groups; ``max_norm`` is the threshold for clip saturation; it takes the place of what the
+    checkpoint names.  ``progress`` is told bytes done and bytes in all.
 
     Raises GradscopeError for unusable input or options.
     """
     from gradscope import inspection
 
-    opened = _open(source, as_, None)
+    opened = _open(source, as_, None, tag)
     return inspection.inspect(opened, steps=steps, groups=groups, max_norm=max_norm, at=at, progress=progress)
 
 
@@ -45,6 +47,7 @@ def simulate(
     policies: Sequence[Policy | str] = (),
     *,
     as_: ReadAs | None = None,
+    tag: str | None = None,
     weights: str | os.PathLike[str] | None = None,
     steps: str | slice | None = None,
     groups: Mapping[str, str] | None = None,
@@ -63,7 +66,7 @@ def simulate(
     from gradscope import simulation
 
     return simulation.simulate(
-        _open(source, as_, weights),
+        _open(source, as_, weights, tag),
         policies,
         steps=steps,
         groups=groups,
@@ -73,7 +76,9 @@ def simulate(
     )
 
 
-def _open(source: Readable, as_: ReadAs | None, weights: str | os.PathLike[str] | None) -> GradientSource:
+def _open(
+    source: Readable, as_: ReadAs | None, weights: str | os.PathLike[str] | None, tag: str | None
+) -> GradientSource:
     from gradscope.sources import open_source
 
-    return open_source(source, as_=as_, weights=weights)
+    return open_source(source, as_=as_, weights=weights, tag=tag)

@@ -46,6 +46,7 @@ def inspect(
     steps: options.Steps = None,
     groups: options.Groups = None,
     as_: options.As = None,
+    tag: options.Tag = None,
     by: Annotated[By, typer.Option("--by", help="What a row stands for.", rich_help_panel=options.OUTPUT)] = By.LAYER,
     sort: Annotated[
         Sort,
@@ -80,7 +81,7 @@ def inspect(
     destination.refuse_unusable(paths or [])
     chosen_groups = options.parse_groups(groups)
     limit = None if max_norm is None else options.parse_number("--max-norm", max_norm)
-    source, opening = choose_source(paths, as_, quiet)
+    source, opening = choose_source(paths, as_, quiet, tag=tag)
     with reading(source, quiet, from_start=steps is None and at is None) as progress:
         # Loaded while the first step is being read: on a large file that is the time they take.
         from gradscope import inspection, views  # noqa: F401

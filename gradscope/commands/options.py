@@ -33,7 +33,8 @@ Paths = Annotated[
     typer.Argument(
         metavar="PATH",
         show_default=False,
-        help="A gradient dump, a directory or a glob of them (one step each), or a checkpoint. Without one: source in "
+        help="A gradient dump, a directory or a glob of them (one step each), a checkpoint, a trace, or a log of norms "
+        "(TensorBoard, trainer_state.json, W&B, CSV, JSON, Parquet). Without one: source in "
         r"\[tool.gradscope] of the nearest pyproject.toml, else the newest *.gradscope.",
     ),
 ]
@@ -58,6 +59,15 @@ Groups = Annotated[
 As = Annotated[
     ReadAs | None,
     typer.Option("--as", help="What a bare mapping of tensors holds.", rich_help_panel=READING),
+]
+Tag = Annotated[
+    str | None,
+    typer.Option(
+        "--tag",
+        metavar="NAME",
+        help="The series of a log of norms, or a glob for several; without it, what is called a gradient norm.",
+        rich_help_panel=READING,
+    ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.", rich_help_panel=OUTPUT)]
 OutputFile = Annotated[

@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 0.5
 
 
 def choose_source(
-    paths: list[str] | None, as_: ReadAs | None, quiet: bool, weights: str | None = None
+    paths: list[str] | None, as_: ReadAs | None, quiet: bool, weights: str | None = None, tag: str | None = None
 ) -> tuple[GradientSource, str]:
     """The source at ``paths``, else the default one with the sentence that says so (empty if ``quiet``).
 
@@ -30,11 +30,11 @@ def choose_source(
     """
     read_as: Literal["gradients", "weights"] | None = as_.value if as_ else None
     if paths:
-        return open_source(paths[0] if len(paths) == 1 else paths, as_=read_as, weights=weights), ""
+        return open_source(paths[0] if len(paths) == 1 else paths, as_=read_as, weights=weights, tag=tag), ""
     from gradscope.sources.default import default_source
 
     path, sentence = default_source()
-    return open_source(path, as_=read_as, weights=weights), "" if quiet else sentence
+    return open_source(path, as_=read_as, weights=weights, tag=tag), "" if quiet else sentence
 
 
 @contextmanager

@@ -68,6 +68,7 @@ def simulate(
     steps: options.Steps = None,
     groups: options.Groups = None,
     as_: options.As = None,
+    tag: options.Tag = None,
     format_: options.OutputFormat = options.Format.TABLE,
     output: options.OutputFile = None,
     quiet: options.Quiet = False,
@@ -86,7 +87,7 @@ def simulate(
 
     destination = Destination(format_.value, output, no_color, quiet)
     destination.refuse_unusable([*(paths or []), *([weights] if weights else [])])
-    source, opening = choose_source(paths, as_, quiet, weights)
+    source, opening = choose_source(paths, as_, quiet, weights, tag)
     with reading(source, quiet, from_start=steps is None) as progress:
         # Loaded while the first step is being read: on a large file that is the time they take.
         from gradscope import simulation, views  # noqa: F401

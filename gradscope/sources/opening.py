@@ -13,9 +13,10 @@ from gradscope.sources.arrays import gradient_tree_of, tree_of
 from gradscope.sources.dumps import DumpedStep, GradientDumps, dumped_step, load_files
 from gradscope.sources.formats.contents import Contents, read_contents
 from gradscope.sources.formats.file_region import unreadable
+from gradscope.sources.formats.safetensors_files import INDEX_SUFFIX
 from gradscope.sources.formats.tree import Opaque, Tree
 from gradscope.sources.gradient_names import ALONE
-from gradscope.sources.norm_logs import refuse_log_directory
+from gradscope.sources.norm_logs import open_log_directory, open_norm_log
 from gradscope.sources.parameters import named_tensors, parameters_in, require_gradients
 from gradscope.sources.step_files import (
     StepFile,
@@ -33,14 +34,17 @@ As: TypeAlias = Literal["gradients", "weights"]
 IN_MEMORY = "memory"
 
 
-def open_source(source: Any, *, as_: As | str | None = None, weights: Any = None) -> GradientSource:
+def open_source(
+    source: Any, *, as_: As | str | None = None, weights: Any = None, tag: str | None = None
+) -> GradientSource:
     """The gradients, weights or optimizer states in ``source``, whose format is told by its content.
 
     ``source`` is a path, a quoted glob, a list of paths (one step each), a ``GradientSource``, a mapping of names to
     tensors (numpy, torch or JAX; nested mappings too), a list of such mappings (one step each), a list of (name,
     tensor) pairs, or a module with ``named_parameters``; of parameters the ``.grad`` are taken.  ``as_``
     (``"gradients"`` or ``"weights"``) says what a bare mapping of tensors is.  ``weights`` (like ``source``) supplies
-    the parameters that go with gradient dumps.
+    the parameters that go with gradient dumps.  ``tag`` (a name or a glob) picks series of a log of norms, by default
+    those that are called gradient norms.
 
     Raises:
         GradscopeError: it is missing, unreadable, damaged, of no known format, or holds no floating-point tensors.
@@ -50,7 +54,9 @@ def open_source(source: Any, *, as_: As | str | None = None, weights: Any = None
     if isinstance(source, GradientSource) and weights is None:
         return source
     parameters = open_source(weights, as_="weights") if weights is not None else None
-    opened = _opened(source, as_, parameters)
+    opened = _opened(source, as_, parameters) if tag is None else _open_log(source, tag)
+    if as_ is not None and opened.info.kind == "norm-log":
+        raise GradscopeError(f"--as {as_}", f"goes with tensors, and {opened.info.path} is a log of norms")
     if parameters is not None and not isinstance(opened, GradientDumps):
         raise GradscopeError("--weights", f"goes with gradient dumps, and {opened.info.path} holds none")
     if parameters is not None:
@@ -71,6 +77,22 @@ def _opened(source: Any, as_: str | None, parameters: GradientSource | None) -> 
             return _open_path(paths[0], as_, parameters)
         return _open_steps(steps_of_paths(paths), _common_path(paths), as_, parameters)
     return _open_objects(source, as_, parameters)
+
+
+def _open_log(source: Any, tag: str) -> GradientSource:
+    """The series called ``tag`` of a log, which is looked for even where a checkpoint lies beside it."""
+    given = source[0] if _is_list_of_paths(source) and len(source) == 1 else source
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        log = open_log_directory(path, tag) if path.is_dir() else open_norm_log(path, tag)
+        if log is not None:
+            return log
+    what = given if isinstance(given, str | os.PathLike) else "this source"
+    raise GradscopeError(f"--tag {tag}", f"goes with a log of norms, and {what} is none")
 
 
 def _is_list_of_paths(source: object) -> bool:
@@ -100,6 +122,9 @@ def _open_path(path: Path, as_: str | None, weights: GradientSource | None) -> G
         path = paths[0]
     if path.is_dir():
         return _open_directory(path, as_, weights)
+    log = open_norm_log(path) if not path.name.endswith(INDEX_SUFFIX) else None
+    if log is not None:
+        return log
     contents = read_contents(path)
     recognised = _checkpoint(path, contents, as_)
     if recognised is not None:
@@ -122,7 +147,6 @@ def _checkpoint(path: Path, contents: Contents, as_: str | None) -> GradientSour
 def _open_directory(path: Path, as_: str | None, weights: GradientSource | None) -> GradientSource:
     if not os.access(path, os.R_OK | os.X_OK):
         raise GradscopeError(str(path), "permission denied")
-    refuse_log_directory(path)
     from gradscope.sources import checkpoints
 
     recognised = checkpoints.recognise_directory(path) if as_ != "gradients" else None
@@ -130,7 +154,13 @@ def _open_directory(path: Path, as_: str | None, weights: GradientSource | None)
         return recognised
     if as_ == "weights":
         return _open_steps(StepFiles((weights_of_directory(path),)), str(path), as_, weights)
-    steps = steps_of_directory(path)
+    try:
+        steps = steps_of_directory(path)
+    except GradscopeError:
+        log = open_log_directory(path)
+        if log is None:
+            raise
+        return log
     # Several files of tensors, none of them called a model, are steps even beside a config.json.
     if as_ is None and has_model_config(path) and (len(steps.steps) == 1 or has_model_file(path)):
         return _open_steps(StepFiles((weights_of_directory(path),)), str(path), "weights", weights)

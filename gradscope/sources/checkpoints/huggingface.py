@@ -95,7 +95,7 @@ def _optimizers(
     tree = read_contents(path).tree
     if not is_optimizer_state(tree):
         return (), (f"{path.name} holds no optimizer state that gradscope reads.",)
-    max_norm, notes = _max_norm(directory)
+    max_norm, notes = max_grad_norm(directory)
     naming: Naming = _InDecayGroups(model.infos, in_order)
     optimizer = stored_optimizer("optimizer", tree, naming, str(path))
     if optimizer.unnamed:
@@ -106,7 +106,7 @@ def _optimizers(
     return (replace(optimizer, clip_groups=whole_clip_group(optimizer, "model", max_norm)),), notes
 
 
-def _max_norm(directory: Path) -> tuple[float | None, tuple[str, ...]]:
+def max_grad_norm(directory: Path) -> tuple[float | None, tuple[str, ...]]:
     """``max_grad_norm`` of the pickled TrainingArguments, or a note that says why it is unknown."""
     path = directory / "training_args.bin"
     if not path.is_file():

@@ -58,13 +58,15 @@ def read_contents(path: Path) -> Contents:
     contents = _read_region(region, str(path))
     if contents is not None:
         return contents
-    from gradscope.sources.norm_logs import refuse_norm_log
+    from gradscope.sources.norm_logs import kind_of_log
 
-    refuse_norm_log(region)
+    kind = kind_of_log(region)
+    if kind is not None:
+        raise GradscopeError(str(path), f"is a log ({kind}), and tensors are wanted here")
     raise GradscopeError(
         str(path),
         "is in no format that gradscope reads",
-        "it reads safetensors, PyTorch .pt/.pth/.ckpt, .npz, .npy and SB3 .zip files",
+        "it reads safetensors, PyTorch .pt/.pth/.ckpt, .npz, .npy and SB3 .zip files, traces and logs of norms",
     )
 
 

@@ -1,69 +1,78 @@
-"""Logs of gradient norms, told by their content.  Reading them is not supported yet; each is refused by its name."""
+"""Logs of gradient norms: TensorBoard event files, a Trainer's log, W&B exports, CSV, JSON and Parquet.
+
+They hold one number for a step, or one for each layer: enough for what a norm decides, and no more.
+"""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import SAVE_GRADIENTS
+from gradscope.gradients import GradientSource
 from gradscope.sources.formats.file_region import FileRegion
+from gradscope.sources.norm_logs.kinds import Kind, kind_of_log
 
-SCANNED_BYTES = 1 << 20
-# Tags that only these two write; neither logs a gradient norm.
-RL_TAGS = {
-    "Stable-Baselines3": (b"rollout/ep_rew_mean", b"time/total_timesteps", b"train/n_updates"),
-    "rsl_rl": (b"Loss/value_function", b"Policy/mean_noise_std", b"Train/mean_episode_length"),
-}
+__all__ = ["kind_of_log", "open_log_directory", "open_norm_log"]
+
+EXPORT_FROM_WANDB = (
+    "export its history: import wandb, pandas; pandas.DataFrame(wandb.Api().run('ENTITY/PROJECT/RUN')"
+    ".scan_history(keys=['_step', 'train/grad_norm'])).to_csv('norms.csv')"
+)
 
 
-def refuse_norm_log(region: FileRegion) -> None:
-    """Say so if the file is a log.
+def open_norm_log(path: Path, tag: str | None = None) -> GradientSource | None:
+    """The log of norms in the file at ``path``, of the series called ``tag`` (a name or a glob); None if it is none.
 
     Raises:
-        GradscopeError: it is one.
+        GradscopeError: it is damaged, holds no gradient norm, or several of which one must be chosen.
     """
-    with region.open() as stream:
-        head = stream.read(SCANNED_BYTES)
+    region = FileRegion.whole(path)
+    kind = kind_of_log(region) if region.size else None
+    return None if kind is None else _open(region, kind, tag)
+
+
+def open_log_directory(path: Path, tag: str | None = None) -> GradientSource | None:
+    """The log of the one run in the directory at ``path``; None if there is none.
+
+    Raises:
+        GradscopeError: there are several runs, or as for a file.
+    """
+    from gradscope.sources.norm_logs.directories import log_in_directory
+
+    found = log_in_directory(path)
+    if not isinstance(found, list):
+        return None if found is None else open_norm_log(found, tag)
+    return _open_events(found, str(path), tag)
+
+
+def _open_events(paths: list[Path], what: str, tag: str | None) -> GradientSource:
+    from gradscope.sources.norm_logs.event_files import read_event_files
+    from gradscope.sources.norm_logs.source import norm_log_source
+    from gradscope.sources.norm_logs.tags import Tags
+
+    tags = Tags(what, tag)
+    return norm_log_source(read_event_files(paths, what, tags), what, tags)
+
+
+def _open(region: FileRegion, kind: Kind, tag: str | None) -> GradientSource:
     what = str(region.path)
-    if b"brain.Event:" in head[:64]:
-        _refuse_events(what, head)
-    kind = _kind_of_log(head)
-    if kind is not None:
-        raise GradscopeError(what, f"is {kind}: reading norm logs is not supported yet")
+    if kind == "W&B run":
+        raise GradscopeError(what, "is a W&B run in the form that only W&B reads", EXPORT_FROM_WANDB)
+    if kind == "event file":
+        return _open_events([Path(what)], what, tag)
+    # The readers load with the file that needs them.
+    from gradscope.sources.norm_logs.source import norm_log_source
+    from gradscope.sources.norm_logs.tags import Tags
 
+    tags = Tags(what, tag)
+    if kind == "Parquet":
+        from gradscope.sources.norm_logs.parquet_logs import read_parquet_log
 
-def refuse_log_directory(path: Path) -> None:
-    """Say so if the directory holds event files or is a trace.
+        return norm_log_source(read_parquet_log(what, tags), what, tags)
+    if kind == "JSON":
+        from gradscope.sources.norm_logs.json_logs import read_json_log
 
-    Raises:
-        GradscopeError: it does.
-    """
-    names = sorted(os.listdir(path))
-    if path.suffix == ".gradscope" or "trace.json" in names:
-        raise GradscopeError(str(path), "is a gradscope trace: reading traces is not supported yet")
-    for name in names:
-        if "tfevents" in name and (path / name).is_file():
-            refuse_norm_log(FileRegion.whole(path / name))
+        return norm_log_source(read_json_log(region, what, tags), what, tags)
+    from gradscope.sources.norm_logs.csv_logs import read_csv_log
 
-
-def _refuse_events(what: str, head: bytes) -> None:
-    for library, tags in RL_TAGS.items():
-        if any(tag in head for tag in tags):
-            raise GradscopeError(
-                what,
-                f"is an event file of {library}, which logs no gradient norm",
-                f"{SAVE_GRADIENTS} (`gradscope record -- python train.py` comes with a later version)",
-            )
-    raise GradscopeError(what, "is a TensorBoard event file: reading TensorBoard event files is not supported yet")
-
-
-def _kind_of_log(head: bytes) -> str | None:
-    if head.startswith(b"PAR1"):
-        return "a Parquet file"
-    if head.startswith(b":W&B"):
-        return "a W&B run"
-    if head[:1] in (b"{", b"[") and b"\0" not in head:
-        return "the log of a Hugging Face Trainer" if b'"log_history"' in head else "JSON"
-    commas = [line.count(b",") for line in head[:4096].splitlines()[:2]]
-    return "CSV" if b"\0" not in head and commas and commas[0] > 0 and len(set(commas)) == 1 else None
+    return norm_log_source(read_csv_log(region, what, tags), what, tags)
