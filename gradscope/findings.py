@@ -11,6 +11,8 @@ from gradscope.notation import angle, count, names, number, percent, setting
 from gradscope.roles import role_of
 
 DOMINANT_SHARE = 0.9
+# A table tells of more.
+MOST_GROUPS_SAID = 3
 # A float32 norm squares and sums in float32: it is infinite from the square root of the largest float32 on.
 FLOAT32_NORM_OVERFLOW = math.sqrt(3.4028234663852886e38)
 FLOAT32_RANGE = frozenset({"float32", "bfloat16"})
@@ -31,6 +33,8 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
         total = inspection.source.steps if steps_read is None else steps_read
         found += _nonfinite(gradients.nonfinite, total, alone=gradients.at is not None)
         found += _overflow(_float32_overflow(gradients))
+        found += _recorded(inspection)
+        found += _dominance([(group.name, group.share) for group in gradients.groups])
         found += _dominance([(layer.name, layer.share) for layer in gradients.layers])
         found += _dead(gradients)
     if inspection.weights is not None:
@@ -108,13 +112,80 @@ def _dominance(shares: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _dead(gradients: results.GradientSummary) -> list[str]:
-    dead = [t.name for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0]
-    if not dead:
-        return []
-    if len(dead) == len(gradients.tensors):
+    dead = [t for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0]
+    if dead and len(dead) == len(gradients.tensors):
         return ["Every gradient is zero."]
-    verb = "is" if len(dead) == 1 else "are"
-    return [f"{names(dead)} {verb} zero in every step."]
+    # A zero is an element that is there; where a trace counts none, there was no gradient.
+    zero, absent = [t.name for t in dead if t.zeros], [t.name for t in dead if not t.zeros]
+    found = [f"{names(zero)} {'is' if len(zero) == 1 else 'are'} zero in every step."] if zero else []
+    return [*found, f"{names(absent)} had no gradient in any step."] if absent else found
+
+
+# --- what a recorded run did -----------------------------------------------------------------------------------------
+
+
+def _recorded(inspection: results.Inspection) -> Iterable[str]:
+    run = inspection.recorded
+    if run is None:
+        return
+    steps = step_word(inspection.source)
+    clipping = [group for group in run.groups if group.steps]
+    if not clipping:
+        yield "The run did not clip its gradients."
+    if len(clipping) > MOST_GROUPS_SAID:
+        limits = _limits(run.overall) or "max_norm"
+        yield f"{limits} clipped {_how_often(run.overall, steps)}, one of {len(clipping)} clip groups at least."
+    else:
+        for group in clipping:
+            owner = f"{group.name}: " if len(run.groups) > 1 else ""
+            yield f"{owner}{_limits(group)} clipped {_how_often(group, steps)}."
+    spared = [group.name for group in run.groups if not group.steps]
+    if clipping and spared:
+        yield f"{names(spared)} {'was' if len(spared) == 1 else 'were'} not clipped."
+    if run.overall.decisions_differ:
+        yield (
+            f"At {count(run.overall.decisions_differ)} of {count(run.overall.steps)} {steps} the norm that the library "
+            "computed is on the other side of max_norm than the exact one."
+        )
+    if run.steps_skipped:
+        yield f"The optimizer skipped {count(run.steps_skipped)} of the {steps}."
+    if len(run.phases) > 1:
+        before, last = run.phases[-2:]
+        trend = "shrank" if last.median_norm < before.median_norm else "grew"
+        yield (
+            f"The gradients {trend}: since {steps[:-1]} {count(last.steps[0])} their median norm is "
+            f"{number(last.median_norm)}; before that it was {number(before.median_norm)}."
+        )
+
+
+def _limits(group: results.RecordedClipping) -> str:
+    """What a clip group met: ``max_norm 0.5``, ``max_norm (from 1 to 0.5 in 3 changes) and clip_value 0.1``."""
+    limits = []
+    if group.max_norm is not None and group.max_norm_changes and group.first_max_norm is not None:
+        changes = "1 change" if group.max_norm_changes == 1 else f"{count(group.max_norm_changes)} changes"
+        limits.append(f"max_norm (from {setting(group.first_max_norm)} to {setting(group.max_norm)} in {changes})")
+    elif group.max_norm is not None:
+        limits.append(f"max_norm {setting(group.max_norm)}")
+    if group.clip_value is not None:
+        limits.append(f"clip_value {setting(group.clip_value)}")
+    return " and ".join(limits)
+
+
+def _how_often(group: results.RecordedClipping, steps: str) -> str:
+    if group.steps == 1:
+        return f"{'the' if group.clipped_steps else 'not the'} only {steps[:-1]}"
+    if not group.clipped_steps:
+        return f"none of the {count(group.steps)} {steps}"
+    overall = f"{percent(group.clip_rate)} of {count(group.steps)} {steps}"
+    recent = group.recent
+    length = recent.steps[1] - recent.steps[0] + 1
+    if length >= group.steps or math.isnan(recent.clip_rate):
+        return overall
+    return f"{overall} ({percent(recent.clip_rate)}{_bounds(recent.clip_rate_ci95)} of the last {count(length)})"
+
+
+def _bounds(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" [{100 * interval[0]:.0f}–{100 * interval[1]:.0f}]"
 
 
 def _broken_weights(weights: results.WeightSummary) -> list[str]:
@@ -211,8 +282,7 @@ def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> I
     if recent.clip_rate_ci95 is None:
         interval = " (too few independent steps for an interval)"
     else:
-        low, high = recent.clip_rate_ci95
-        interval = f" [{100 * low:.0f}–{100 * high:.0f}]"
+        interval = _bounds(recent.clip_rate_ci95)
     whole = length == simulation.steps
     overall = "" if whole else f" ({percent(result.clip_rate)} overall)"
     which = f"the {'' if whole else 'last '}{count(length)} {step_word(simulation.source)}"
@@ -277,6 +347,12 @@ def _role_dominance(simulation: results.Simulation, result: results.PolicyResult
 def step_word(source: results.Source) -> str:
     """What the steps of ``source`` are called: a trace follows the updates, dumps are those that somebody recorded."""
     return "updates" if source.kind == "trace" else "steps"
+
+
+def run_words(source: results.Source) -> str:
+    """What ``source`` is, where its steps have been called updates: of "recorded SB3 PPO run" the middle says it."""
+    words = source.format.removeprefix("recorded ").removesuffix(" run")
+    return words if source.kind == "trace" and words != "run" else source.format
 
 
 def is_skip(result: results.PolicyResult) -> bool:

@@ -18,12 +18,12 @@ from gradscope.tensors import ClipGroup, TensorInfo
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# The hint wherever gradients are wanted and missing.
-SAVE_GRADIENTS = (
-    "record the run: gradscope record -- python train.py; or save the gradients yourself, one file per step, before "
-    "clipping: safetensors.torch.save_file("
+SAVE_TENSORS = (
+    "save the gradients yourself, one file per step, before clipping: safetensors.torch.save_file("
     '{n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"grads/{step}.safetensors")'
 )
+# The hint wherever gradients are wanted and missing.
+SAVE_GRADIENTS = f"record the run: gradscope record -- python train.py; or {SAVE_TENSORS}"
 
 SourceKind = Literal["gradients", "checkpoint", "trace", "norm-log"]
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope import forensics, results
+from gradscope.clip_history import ClipHistory, describe_run
 from gradscope.errors import GradscopeError
 from gradscope.findings import inspection_findings
-from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.gradients import GradientSource, GradientStep, Progress, RecordedClip, Weights
 from gradscope.nonfinite import name_fault
 from gradscope.notation import setting
 from gradscope.optimizer_state import OptimizerState
@@ -53,17 +54,21 @@ def inspect(
     if groups and not source.tensors:
         optimizers, said = _regrouped(optimizers, groups, source.info.path, max_norm)
         notes += said
+    summary, recorded = None, None
+    if source.tensors:
+        summary, recorded = _gradients(source, selected, groups, at, progress)
     inspection = results.Inspection(
         schema=SCHEMA,
         source=results.Source(**asdict(source.info)),
         findings=(),
         notes=notes,
         skipped=source.skipped,
-        gradients=_gradients(source, selected, groups, at, progress) if source.tensors else None,
+        gradients=summary,
         weights=_weights(weights) if weights else None,
         optimizers=tuple(forensics.analyse(state, max_norm) for state in optimizers),
+        recorded=recorded,
     )
-    return replace(inspection, findings=inspection_findings(inspection, len(selected)))
+    return replace(inspection, findings=source.findings + inspection_findings(inspection, len(selected)))
 
 
 def _regrouped(
@@ -93,7 +98,11 @@ def _regrouped(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """Per-tensor numbers of the steps read, stacked: arrays are [steps, tensors]."""
+    """Per-tensor numbers of the steps read, stacked: arrays are [steps, tensors].
+
+    ``recorded`` is what a recording knows of each step; ``weight_norm`` and ``update_norm`` have a row for those steps
+    only at which they were measured.
+    """
 
     index: NDArray[np.int64]
     labels: tuple[str, ...]
@@ -102,10 +111,17 @@ class _Columns:
     zeros: NDArray[np.int64]
     nan: NDArray[np.int64]
     inf: NDArray[np.int64]
+    recorded: tuple[RecordedClip, ...]
+    weight_norm: NDArray[np.float64]
+    update_norm: NDArray[np.float64]
 
     @classmethod
     def of(cls, steps: Iterable[GradientStep]) -> _Columns:
         rows = list(_without_spectra(steps))
+        recorded = [row.recorded for row in rows if row.recorded is not None]
+        unmeasured = np.empty((0, len(rows[0].sum_squares)))
+        weights = [c.weight_norm for c in recorded if c.weight_norm is not None and c.update_norm is not None]
+        updates = [c.update_norm for c in recorded if c.weight_norm is not None and c.update_norm is not None]
         return cls(
             index=np.array([row.index for row in rows], dtype=np.int64),
             labels=tuple(row.label for row in rows),
@@ -114,6 +130,9 @@ class _Columns:
             zeros=np.stack([row.zeros for row in rows]),
             nan=np.stack([row.nan for row in rows]),
             inf=np.stack([row.inf for row in rows]),
+            recorded=tuple(replace(call, weight_norm=None, update_norm=None) for call in recorded),
+            weight_norm=np.stack(weights) if weights else unmeasured,
+            update_norm=np.stack(updates) if updates else unmeasured,
         )
 
     @property
@@ -121,6 +140,7 @@ class _Columns:
         return self.nan + self.inf
 
     def last(self) -> _Columns:
+        """The last step alone, as a gradient."""
         return _Columns(
             self.index[-1:],
             self.labels[-1:],
@@ -129,6 +149,9 @@ class _Columns:
             self.zeros[-1:],
             self.nan[-1:],
             self.inf[-1:],
+            (),
+            self.weight_norm[:0],
+            self.update_norm[:0],
         )
 
     def norms(self, members: Sequence[int]) -> NDArray[np.float64]:
@@ -139,11 +162,18 @@ class _Columns:
         norms: NDArray[np.float64] = np.sqrt(energy)
         return norms
 
+    def update_ratio(self, members: Sequence[int]) -> float | None:
+        """The median of ‖θ' − θ‖/‖θ‖ over the steps at which both are known of all ``members``."""
+        weights = np.sqrt(np.square(self.weight_norm[:, members]).sum(axis=1))
+        updates = np.sqrt(np.square(self.update_norm[:, members]).sum(axis=1))
+        known = (weights > 0.0) & ~np.isnan(updates)
+        return float(np.median(updates[known] / weights[known])) if known.any() else None
+
 
 def _without_spectra(steps: Iterable[GradientStep]) -> Iterator[GradientStep]:
     """Spectra are what makes a step large; norms do not need them."""
     for step in steps:
-        yield replace(step, spectra=(), read=None)
+        yield replace(step, spectra=(), group_spectra=(), read=None)
 
 
 def _gradients(
@@ -152,14 +182,48 @@ def _gradients(
     groups: Mapping[str, str] | None,
     at: int | None,
     progress: Progress | None,
-) -> results.GradientSummary:
+) -> tuple[results.GradientSummary, results.RecordedRun | None]:
     if at is not None:
         place = place_of_step(at, selected)
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
     columns = _Columns.of(source.read_steps(selected, progress))
     summary = _summary(source.tensors, clip_groups, columns if at is None else columns.last())
-    return summary if at is None else replace(summary, at=_step_rows(columns))
+    if source.info.kind == "norm-log":
+        summary = _without_elements(summary)
+    if at is not None:
+        return replace(summary, at=_step_rows(columns, elements=source.info.kind != "norm-log")), None
+    return summary, _recorded(source, columns)
+
+
+def _recorded(source: GradientSource, columns: _Columns) -> results.RecordedRun | None:
+    """What the run clipped, where every step tells."""
+    if not columns.recorded or len(columns.recorded) < len(columns.index):
+        return None
+    position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
+    members = [[position[name] for name in group.tensors] for group in source.groups]
+    return describe_run(
+        ClipHistory.of(columns.recorded),
+        [group.name for group in source.groups],
+        columns.index,
+        np.asarray(~columns.nonfinite.any(axis=1)),
+        np.column_stack([columns.norms(group) for group in members]),
+        np.column_stack([columns.max_abs[:, group].max(axis=1, initial=0.0) for group in members]),
+    )
+
+
+def _without_elements(summary: results.GradientSummary) -> results.GradientSummary:
+    """What a log of norms tells: its series stand where tensors would; of layers and elements it knows nothing."""
+    return replace(
+        summary,
+        global_=replace(summary.global_, max_abs=None, numel=None, zeros=None, nonfinite=None),
+        groups=tuple(replace(group, numel=None) for group in summary.groups),
+        layers=(),
+        tensors=tuple(
+            replace(tensor, shape=None, dtype=None, numel=None, rms=None, max_abs=None, zeros=None, nonfinite=None)
+            for tensor in summary.tensors
+        ),
+    )
 
 
 def _summary(
@@ -201,7 +265,10 @@ def _summary(
             nonfinite_steps=int((~finite_steps).sum()),
         ),
         groups=tuple(results.GroupNorm(name, spread(m), numel(m), share(m)) for name, m in grouped.items()),
-        layers=tuple(results.LayerNorm(name, spread(m), numel(m), share(m)) for name, m in layers.items()),
+        layers=tuple(
+            results.LayerNorm(name, spread(m), numel(m), share(m), columns.update_ratio(m))
+            for name, m in layers.items()
+        ),
         tensors=tuple(
             results.TensorNorm(
                 name=tensor.name,
@@ -216,6 +283,7 @@ def _summary(
                 zeros=int(columns.zeros[:, i].sum()),
                 nonfinite=int(columns.nonfinite[:, i].sum()),
                 share=share([i]),
+                update_ratio=columns.update_ratio([i]),
             )
             for i, tensor in enumerate(tensors)
         ),
@@ -234,15 +302,15 @@ def _rms(norms: NDArray[np.float64], numel: int) -> float:
     return float(np.sqrt(np.mean(np.square(norms)) / numel))
 
 
-def _step_rows(columns: _Columns) -> tuple[results.StepRow, ...]:
+def _step_rows(columns: _Columns, elements: bool) -> tuple[results.StepRow, ...]:
     norms = columns.norms(range(columns.energy.shape[1]))
     return tuple(
         results.StepRow(
             step=int(columns.index[row]),
             label=columns.labels[row],
             l2_norm=float(norms[row]),
-            max_abs=float(columns.max_abs[row].max(initial=0.0)),
-            zeros=int(columns.zeros[row].sum()),
+            max_abs=float(columns.max_abs[row].max(initial=0.0)) if elements else None,
+            zeros=int(columns.zeros[row].sum()) if elements else None,
             nonfinite=int(columns.nonfinite[row].sum()),
         )
         for row in range(len(columns.labels))

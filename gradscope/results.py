@@ -51,13 +51,16 @@ class Float32Overflow:
 
 @dataclass(frozen=True, slots=True)
 class GradientTotals:
-    """All tensors together; ``zeros`` and ``nonfinite`` count elements over all steps, ``numel`` those of one step."""
+    """All tensors together; ``zeros`` and ``nonfinite`` count elements over all steps, ``numel`` those of one step.
+
+    A norm log tells nothing of elements: None, here and below.
+    """
 
     l2_norm: Spread
-    max_abs: float
-    numel: int
-    zeros: int
-    nonfinite: int
+    max_abs: float | None
+    numel: int | None
+    zeros: int | None
+    nonfinite: int | None
     nonfinite_steps: int
 
 
@@ -67,36 +70,45 @@ class GroupNorm:
 
     name: str
     l2_norm: Spread
-    numel: int
+    numel: int | None
     share: float
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """``share`` is the layer's share of the squared norm, summed over the finite steps."""
+    """``share`` is the layer's share of the squared norm, summed over the finite steps.
+
+    ``update_ratio`` is the median of ‖θ' − θ‖/‖θ‖, what an optimizer step changes of the weights, over the steps at
+    which a trace holds both.
+    """
 
     name: str
     l2_norm: Spread
     numel: int
     share: float
+    update_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorNorm:
-    """One tensor; ``rms`` is over all elements of the finite steps; ``group`` is its clip group."""
+    """One tensor, or one series of a norm log; ``rms`` is over all elements of the finite steps.
+
+    ``group`` is its clip group, ``update_ratio`` as in LayerNorm.
+    """
 
     name: str
     layer: str
     group: str
-    shape: tuple[int, ...]
-    dtype: str
-    numel: int
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    numel: int | None
     l2_norm: Spread
-    rms: float
-    max_abs: float
-    zeros: int
-    nonfinite: int
+    rms: float | None
+    max_abs: float | None
+    zeros: int | None
+    nonfinite: int | None
     share: float
+    update_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +118,65 @@ class StepRow:
     step: int
     label: str
     l2_norm: float
-    max_abs: float
-    zeros: int
+    max_abs: float | None
+    zeros: int | None
     nonfinite: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecentClipping:
+    """The newest part of the run, by step index, both ends inclusive."""
+
+    steps: tuple[int, int]
+    clip_rate: float
+    clip_rate_ci95: tuple[float, float] | None
+    effective_steps: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedClipping:
+    """What a run itself clipped: rates over the ``steps`` that are finite and met a limit.
+
+    ``name`` is a clip group's, or ``"all"`` for the steps as a whole, which are clipped where one of their groups is.
+    ``max_norm`` and ``clip_value`` are the last in force, None where nothing clipped so (or groups differ);
+    ``max_norm`` started as ``first_max_norm`` and changed ``max_norm_changes`` times.  At ``decisions_differ`` steps
+    the norm that the library returned lies on the other side of max_norm than the exact one.
+    """
+
+    name: str
+    max_norm: float | None
+    first_max_norm: float | None
+    max_norm_changes: int
+    clip_value: float | None
+    steps: int
+    clipped_steps: int
+    clip_rate: float
+    clip_rate_ci95: tuple[float, float] | None
+    effective_steps: float
+    recent: RecentClipping
+    decisions_differ: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    """What a trace tells of the run beside its gradients.
+
+    At ``steps_skipped`` steps no optimizer stepped although one was asked to; None where that was not recorded.
+    ``phases`` are the stretches of steady size, with the median norm of each.
+    """
+
+    overall: RecordedClipping
+    groups: tuple[RecordedClipping, ...]
+    steps_skipped: int | None
+    phases: tuple[NormPhase, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NormPhase:
+    """A stretch of the run: steps a to b, both inclusive, by their index."""
+
+    steps: tuple[int, int]
+    median_norm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +303,7 @@ class Inspection:
     gradients: GradientSummary | None
     weights: WeightSummary | None
     optimizers: tuple[OptimizerReport, ...]
+    recorded: RecordedRun | None = None
 
 
 # --- simulate --------------------------------------------------------------------------------------------------------
@@ -264,7 +333,8 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLayer:
-    """Means over the finite steps; ``clipped_elements`` is their total, off by ``clipped_elements_error`` at most."""
+    """``clip_rate`` is over the finite steps; the other means, and the total of ``clipped_elements``, which is off by
+    ``clipped_elements_error`` at most, are over the ``layer_steps`` of the policy's result."""
 
     name: str
     clip_rate: float
@@ -291,7 +361,9 @@ class PolicyResult:
     multiplies by one factor is that factor; ``norm_ratio`` is ‖c‖/‖g‖.  ``clip_rate_ci95`` is None where there are too
     few independent steps; ``effective_steps`` is the sample size behind it.  ``clipped_elements`` is over all steps and
     surely within ``clipped_elements_error`` of the truth, 0 where it is exact.  ``recent`` is the newest part of the
-    run.  ``roles`` are given where one norm is taken over an actor and a critic together.
+    run.  ``roles`` are given where one norm is taken over an actor and a critic together.  ``group_steps`` and
+    ``layer_steps`` are the finite steps at which what became of the clip groups and of the layers is known: fewer than
+    all in a trace that holds the spectra of tensors at some of its steps.
     """
 
     policy: str
@@ -311,16 +383,8 @@ class PolicyResult:
     layers: tuple[PolicyLayer, ...]
     roles: tuple[RoleClipping, ...]
     clipped_elements_error: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RecentClipping:
-    """The newest part of the run, by step index, both ends inclusive."""
-
-    steps: tuple[int, int]
-    clip_rate: float
-    clip_rate_ci95: tuple[float, float] | None
-    effective_steps: float
+    group_steps: int | None = None
+    layer_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

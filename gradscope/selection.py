@@ -9,6 +9,16 @@ from fnmatch import fnmatchcase
 from gradscope.errors import GradscopeError
 from gradscope.tensors import ClipGroup, TensorInfo
 
+FEWEST_FOR_RECENT = 20
+MOST_RECENT = 1000
+
+
+def recent_part(total: int) -> slice:
+    """The newest of ``total`` steps: all of a short run, else half of it, 20 to 1000 steps."""
+    if total < FEWEST_FOR_RECENT:
+        return slice(0, total)
+    return slice(total - max(FEWEST_FOR_RECENT, min(MOST_RECENT, total // 2)), total)
+
 
 def select_steps(steps: str | slice | None, total: int) -> range:
     """The positions that ``steps`` (``"A:B"``, Python slice rules) picks out of ``total``.

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope import results
-from gradscope.clipped_count import exactly
 from gradscope.clipping.effect import Effect, Series
 from gradscope.clipping.layout import Partition, TensorLayout
 from gradscope.clipping.moments import Moments
@@ -22,9 +21,10 @@ from gradscope.gradients import SAVE_GRADIENTS, GradientSource, Progress
 from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
 from gradscope.nonfinite import name_fault
+from gradscope.notation import setting
 from gradscope.phases import find_phases
 from gradscope.roles import role_of
-from gradscope.selection import regroup, select_steps
+from gradscope.selection import recent_part, regroup, select_steps
 from gradscope.spread import Spread
 
 FloatArray = NDArray[np.float64]
@@ -32,8 +32,6 @@ FloatArray = NDArray[np.float64]
 SCHEMA = "gradscope.simulate/1"
 POLICY_HINT = 'policies are written like "norm:0.5" or "value:0.01"'
 SUGGESTED_PERCENT = (50, 10, 5, 1)
-FEWEST_FOR_RECENT = 20
-MOST_RECENT = 1000
 NEED_MORE_THAN_NORMS = frozenset({"per-layer-norm", "per-tensor-norm", "value", "block-rms", "agc"})
 
 
@@ -61,6 +59,10 @@ def simulate(
         raise GradscopeError(f"--convention {convention}", "must be exact or torch")
     chosen = _chosen(policies)
     _require_gradients(source, chosen)
+    notes = source.notes
+    if not chosen:
+        chosen, said = _own_policies(source)
+        notes += said
     selected = select_steps(steps, source.info.steps)
     layout = TensorLayout.of(source.tensors, regroup(source.tensors, groups) if groups else source.groups)
     replays = {policy: policy.replay(source, layout) for policy in chosen if isinstance(policy, ElementPolicy)}
@@ -72,7 +74,7 @@ def simulate(
         source=results.Source(**asdict(source.info)),
         convention=convention,
         findings=(),
-        notes=source.notes,
+        notes=notes,
         skipped=source.skipped,
         steps=len(run.index),
         nonfinite_steps=len(run.nonfinite),
@@ -85,7 +87,7 @@ def simulate(
         suggested_max_norm_overall=_suggest(run, slice(0, len(run.index))),
         float32_overflow=_float32_overflow(source, run),
     )
-    return replace(simulation, findings=simulation_findings(simulation))
+    return replace(simulation, findings=source.findings + simulation_findings(simulation))
 
 
 def _chosen(policies: object) -> tuple[Policy, ...]:
@@ -103,13 +105,25 @@ def _policy(given: object) -> Policy:
     return given
 
 
+def _own_policies(source: GradientSource) -> tuple[tuple[Policy, ...], tuple[str, ...]]:
+    """What to simulate where nothing was asked for: the clipping that a trace was recorded with, and a word on it."""
+    limits = dict.fromkeys(group.max_norm for group in source.groups) if source.info.kind == "trace" else ()
+    known = [limit for limit in limits if limit is not None and 0.0 < limit < math.inf]
+    if not known:
+        return (), ()
+    named = ", ".join(setting(limit) for limit in known)
+    return tuple(parse_policy(f"norm:{setting(limit)}") for limit in known), (
+        f"max_norm {named} is what the run itself clipped with; --max-norm, --clip-value and --policy try others.",
+    )
+
+
 def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> None:
     if not source.tensors:
         raise GradscopeError(
             source.info.path,
             "a bare checkpoint holds no gradients",
-            f"gradscope inspect tells what its optimizer knows; or {SAVE_GRADIENTS} "
-            "(--batch FILE and `gradscope record`, which do it for you, come with a later version)",
+            f"gradscope inspect tells what its optimizer knows; {SAVE_GRADIENTS} "
+            "(--batch FILE, which computes them, comes with a later version)",
         )
     if source.info.kind == "norm-log":
         for policy in policies:
@@ -149,6 +163,7 @@ class _Run:
     group_norms: FloatArray
     joint_norms: FloatArray
     nonfinite: tuple[results.NonfiniteStep, ...]
+    has_layers: bool
 
     @classmethod
     def read(
@@ -192,6 +207,7 @@ class _Run:
             group_norms=np.sqrt(group_energies),
             joint_norms=np.sqrt(group_energies.sum(axis=1)),
             nonfinite=tuple(nonfinite),
+            has_layers=source.info.kind != "norm-log",
         )
 
     @property
@@ -201,11 +217,8 @@ class _Run:
 
     @property
     def recent(self) -> slice:
-        """The newest part, as positions among the steps: all of a short run, else half of it, 20 to 1000 steps."""
-        total = len(self.index)
-        if total < FEWEST_FOR_RECENT:
-            return slice(0, total)
-        return slice(total - max(FEWEST_FOR_RECENT, min(MOST_RECENT, total // 2)), total)
+        """The newest part, as positions among the steps."""
+        return recent_part(len(self.index))
 
     def finite_in(self, part: slice) -> slice:
         """The same part, as positions among the finite steps."""
@@ -228,7 +241,6 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
     clipped = effect.joint.triggered[:, 0]
     interval, effective = clip_rate_interval(clipped, run.largest_norms)
     layers = effect.layers
-    elements = sum(layers.clipped, exactly(0))
     return results.PolicyResult(
         policy=policy.label,
         threshold=policy.threshold,
@@ -240,8 +252,8 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
         norm_ratio=Spread.of(effect.joint.norm_ratio),
         direction_change_deg=_angles(effect.joint, 0) if _has_direction(effect.joint) else None,
         direction_change_error_deg=effect.angle_error,
-        clipped_elements=elements.likely,
-        clipped_elements_error=elements.error,
+        clipped_elements=effect.clipped.likely,
+        clipped_elements_error=effect.clipped.error,
         groups=_policy_groups(effect.groups, run),
         phases=tuple(_phase(phase, effect, run, last=phase is phases[-1]) for phase in phases),
         recent=_recent_clipping(clipped, run),
@@ -255,8 +267,11 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
                 clipped_elements_error=layers.clipped[i].error,
             )
             for i, name in enumerate(run.layout.layers.names)
+            if (layers.steps or not len(clipped)) and run.has_layers
         ),
         roles=_roles(policy, run) if policy.name in ("norm", "joint-norm") else (),
+        group_steps=len(effect.groups.scale),
+        layer_steps=layers.steps,
     )
 
 

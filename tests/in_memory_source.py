@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.gradients import GradientSource, GradientStep, Progress, SourceInfo, Weights
+from gradscope.gradients import GradientSource, GradientStep, Progress, RecordedClip, SourceInfo, Weights
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.tensors import ClipGroup, TensorInfo
 
@@ -52,6 +53,71 @@ class InMemorySource(GradientSource):
             tensors=tuple(TensorInfo(name, array.shape, str(array.dtype)) for name, array in held.items()),
             spectra=tuple(spectrum_of(array) for array in held.values()),
             read=held.__getitem__,
+        )
+
+
+class RecordedSource(InMemorySource):
+    """What a trace holds of ``steps``: norms and the groups' spectra at every step, tensors' spectra at every 10th.
+
+    ``limits`` (max_norm per step and group), ``returned`` norms and ``stepped`` are [steps, groups]; ``tensor_every``
+    None leaves out all spectra.  ``updates`` maps a tensor to its weight norm and update norm.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Arrays],
+        groups: dict[str, Sequence[str]] | None = None,
+        *,
+        limits: NDArray[np.float64] | float = np.nan,
+        clip_value: float = np.nan,
+        returned: NDArray[np.float64] | float = np.nan,
+        stepped: NDArray[np.int8] | int = 1,
+        norm_type: float = 2.0,
+        tensor_every: int | None = 10,
+        updates: dict[str, tuple[float, float]] | None = None,
+    ) -> None:
+        super().__init__(steps, groups, elements=False)
+        shape = (len(steps), len(self.groups))
+        self._limits = np.broadcast_to(np.asarray(limits, np.float64), shape)
+        self._clip_value = clip_value
+        self._returned = np.broadcast_to(np.asarray(returned, np.float64), shape)
+        self._stepped = np.broadcast_to(np.asarray(stepped, np.int8), shape)
+        self._norm_type = np.full(shape[1], norm_type)
+        self._tensor_every = tensor_every
+        self._updates = updates
+        self.info = SourceInfo("run.gradscope", "trace", "recorded SB3 PPO run", len(steps))
+        self.groups = tuple(
+            replace(group, max_norm=None if np.isnan(limit) else float(limit))
+            for group, limit in zip(self.groups, self._limits[-1], strict=True)
+        )
+
+    def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
+        names = [tensor.name for tensor in self.tensors]
+        for step in super().read_steps(steps):
+            spectra = dict(zip(names, step.spectra, strict=True))
+            sampled = self._tensor_every is not None and step.index % self._tensor_every == 0
+            merged = [MagnitudeSpectrum.merge([spectra[name] for name in g.tensors]) for g in self.groups]
+            whole = tuple(spectrum if spectrum.numel else None for spectrum in merged)
+            yield replace(
+                step,
+                spectra=step.spectra if sampled else (None,) * len(names),
+                group_spectra=whole if self._tensor_every is not None else (),
+                recorded=self._recorded(step.index, names, sampled),
+            )
+
+    def _recorded(self, index: int, names: list[str], sampled: bool) -> RecordedClip:
+        unknown = (np.nan, np.nan)
+        sizes = np.array([(self._updates or {}).get(name, unknown) for name in names])
+        measured = sampled and self._updates is not None
+        return RecordedClip(
+            time=1e9 + index,
+            max_norm=self._limits[index],
+            clip_value=np.full(len(self.groups), self._clip_value),
+            returned_norm=self._returned[index],
+            stepped=self._stepped[index],
+            weight_norm=sizes[:, 0] if measured else None,
+            update_norm=sizes[:, 1] if measured else None,
+            norm_type=self._norm_type,
         )
 
 

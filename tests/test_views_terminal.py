@@ -38,6 +38,13 @@ def table(result: results.Inspection | results.Simulation, **choices: object) ->
     return VIEWS["table"](result, ViewChoices(**choices))
 
 
+def steady(simulation: results.Simulation) -> results.Simulation:
+    """The same run without a change of size."""
+    return replace(
+        simulation, results=tuple(replace(result, phases=result.phases[:1]) for result in simulation.results)
+    )
+
+
 @st.composite
 def simulations(draw: st.DrawFn) -> results.Simulation:
     labels = draw(st.lists(st.sampled_from(["norm:0.5", "value:1e-05", "agc:0.01,0.001", "zclip:2.5"]), max_size=3))
@@ -164,16 +171,8 @@ def test_a_checkpoint_that_was_picked_is_named_first() -> None:
     assert table(replace(checkpoint(), source=source)).startswith("model_149.pt, newest of 4 in run · SB3 PPO · 12 ")
 
 
-def test_the_way_on_takes_the_max_norm_that_the_file_names() -> None:
-    base = checkpoint()
-    (optimizer,) = base.optimizers
-    (group,) = optimizer.groups
-    groups = (replace(group, max_norm=1.0), replace(group, max_norm=2.5), replace(group, max_norm=1.0))
-    asked = replace(group, max_norm=3.0, trained_max_norm=1.0)
-    text = table(replace(base, optimizers=(replace(optimizer, groups=groups),)))
-    assert " ".join(text.split()).endswith("gradscope simulate DIRECTORY --max-norm 1 2.5")
-    text = table(replace(base, optimizers=(replace(optimizer, groups=(asked,)),)))
-    assert " ".join(text.split()).endswith("gradscope simulate DIRECTORY --max-norm 1 3")
+def test_the_way_on_from_a_checkpoint_is_to_record() -> None:
+    assert table(checkpoint()).endswith("\nNext: gradscope record -- python train.py\n")
 
 
 def test_noise_has_no_consistency() -> None:
@@ -221,8 +220,8 @@ def test_dumps_are_steps_and_no_updates() -> None:
     assert text.startswith("grads: 8,000 steps, gradient dumps (safetensors)\n")
     assert "of the last 1,000 steps (75.0 % overall)" in text
     assert re.search(r"^ +steps +clipped +median norm", text, re.M)
-    assert "norms of 5,969 steps" in text
     assert "update" not in text
+    assert "norms of 5,969 steps" in table(steady(base))
 
 
 def test_several_policies_are_set_side_by_side() -> None:
@@ -275,10 +274,14 @@ def test_columns_go_before_policies_and_phases_are_cut(width: int) -> None:
 
 
 def test_the_histogram_names_the_smallest_and_the_largest_norm() -> None:
-    text = table(simulation(policy("norm:0.5", 0.5)))
+    text = table(steady(simulation(policy("norm:0.5", 0.5))))
     assert re.search(r"^  0\.112 +12\.1$", text, re.M)
     assert "▲ max_norm 0.5 clips 75.0 %" in text
-    assert "▲ skip:0.5 drops 75.0 %" in table(simulation(policy("skip:0.5", 0.5)))
+    assert "▲ skip:0.5 drops 75.0 %" in table(steady(simulation(policy("skip:0.5", 0.5))))
+
+
+def test_the_norms_of_several_phases_are_no_one_distribution() -> None:
+    assert "from small to large" not in table(simulation(policy("norm:0.5", 0.5)))
 
 
 def test_without_a_policy_the_norms_and_the_way_on_are_shown() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gradscope.clipped_count import ClippedCount
 from gradscope.clipping.layout import TensorLayout
 from gradscope.clipping.moments import Moments
+from gradscope.value_clip import NOTHING
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -21,7 +22,7 @@ class Series:
     """Per finite step and set; all arrays are [steps, sets].
 
     ``scale`` is (g·c)/‖g‖², ``norm_ratio`` ‖c‖/‖g‖ and ``angle`` the direction change in degrees, NaN where nothing is
-    left of the gradient.
+    left of the gradient.  These three may leave out steps at which they are not known; ``triggered`` has all.
     """
 
     triggered: BoolArray
@@ -52,6 +53,7 @@ class LayerTotals:
 
     def __init__(self, layers: int) -> None:
         self._steps = 0
+        self._all_steps = 0
         self._triggered = np.zeros(layers)
         self._scale = np.zeros(layers)
         self._angle = np.zeros(layers)
@@ -61,6 +63,7 @@ class LayerTotals:
     def add(self, series: Series, clipped: Sequence[ClippedCount] = ()) -> None:
         """Take in the layers' ``series``, and how many elements of each layer were clamped, where any could be."""
         self._steps += len(series.scale)
+        self._all_steps += len(series.triggered)
         self._triggered += series.triggered.sum(axis=0)
         self._scale += series.scale.sum(axis=0)
         self._angle += np.nansum(series.angle, axis=0)
@@ -73,31 +76,40 @@ class LayerTotals:
         with np.errstate(invalid="ignore"):
             steps = np.float64(self._steps)
             return LayerMeans(
-                clip_rate=self._triggered / steps,
+                clip_rate=self._triggered / np.float64(self._all_steps),
                 scale=self._scale / steps,
                 angle=self._angle / self._angles,
                 clipped=tuple(ClippedCount(lo, likely, hi) for lo, likely, hi in self._clipped.T.tolist()),
+                steps=self._steps,
             )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMeans:
-    """Means over the finite steps, one entry per layer (NaN where there are none); ``clipped`` elements in all."""
+    """Means over the finite steps, one entry per layer (NaN where there are none); ``clipped`` elements in all.
+
+    All but ``clip_rate`` are over those ``steps`` at which they are known.
+    """
 
     clip_rate: FloatArray
     scale: FloatArray
     angle: FloatArray
     clipped: tuple[ClippedCount, ...]
+    steps: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Effect:
-    """What a policy does to a run; ``angle_error`` is the largest half-width of a joint angle's interval (degrees)."""
+    """What a policy does to a run; ``angle_error`` is the largest half-width of a joint angle's interval (degrees).
+
+    ``clipped`` counts the elements that it clamps, over all steps.
+    """
 
     joint: Series
     groups: Series
     layers: LayerMeans
     angle_error: float = 0.0
+    clipped: ClippedCount = NOTHING
 
 
 def effect_of_scaling(parts: Iterable[tuple[Moments, BoolArray]], layout: TensorLayout) -> Effect:

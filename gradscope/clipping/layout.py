@@ -32,9 +32,13 @@ class Partition:
         """Columns with equal keys form a set; sets come in the order of their first column."""
         numbers: dict[Hashable, int] = {}
         owner = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+        return cls.over(owner, tuple(str(key) for key in numbers))
+
+    @classmethod
+    def over(cls, owner: NDArray[np.intp], names: tuple[str, ...]) -> Partition:
+        """Column c in the set ``owner[c]``; every one of the named sets has a column."""
         order = np.argsort(owner, kind="stable")
-        starts = np.searchsorted(owner[order], np.arange(len(numbers)))
-        return cls(tuple(str(key) for key in numbers), owner, order, starts)
+        return cls(names, owner, order, np.searchsorted(owner[order], np.arange(len(names))))
 
     def __len__(self) -> int:
         return len(self.names)

@@ -13,6 +13,7 @@ from gradscope.clipping.layout import TensorLayout
 from gradscope.clipping.moments import Moments
 from gradscope.clipping.policy import ElementPolicy, FloatArray
 from gradscope.errors import GradscopeError
+from gradscope.gradients import SAVE_TENSORS
 
 if TYPE_CHECKING:
     from gradscope.gradients import GradientSource, GradientStep, Weights
@@ -38,6 +39,12 @@ class AdaptiveGradientClip(ElementPolicy):
 
     def replay(self, source: GradientSource, layout: TensorLayout) -> _UnitwiseReplay:
         """A replay that holds one limit per unit.  Raises GradscopeError for weights that are missing or differ."""
+        if source.info.kind == "trace":
+            raise GradscopeError(
+                f"--policy {self.label}",
+                "a trace holds magnitudes; agc needs whole tensors and their weights",
+                f"{SAVE_TENSORS}; --weights FILE names the parameters",
+            )
         weights = source.weights()
         if weights is None:
             raise GradscopeError(

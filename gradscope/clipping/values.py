@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gradscope.clipped_count import ClippedCount, exactly
 from gradscope.clipping.effect import BoolArray, Effect, LayerTotals, Series
 from gradscope.clipping.layout import Partition, TensorLayout
 from gradscope.clipping.policy import ElementPolicy, FloatArray
@@ -14,64 +17,132 @@ from gradscope.value_clip import ValueClip
 
 if TYPE_CHECKING:
     from gradscope.gradients import GradientSource, GradientStep
+    from gradscope.spectrum import MagnitudeSpectrum
+
+ALL_SPECTRA = "gradscope record --detail full keeps every tensor's spectrum at every step"
 
 
 class ClipByValue(ElementPolicy):
     """Every element into [−v, v] (PyTorch ``clip_grad_value_``, optax ``clip``, Keras ``clipvalue``).
 
     A step is triggered if any |g| > v.  The angle is that of cos θ = g·c/(‖g‖‖c‖), with the rigorous half-width that
-    the spectrum's bin around v leaves.
+    the spectrum's bin around v leaves.  Where a source holds the spectra of its clip groups, the joint gradient and
+    the groups are read off those, and the layers off the steps that have their tensors' spectra.
     """
 
     __slots__ = ()
 
     def replay(self, source: GradientSource, layout: TensorLayout) -> _ValueReplay:
-        """A replay that reads each step's spectra.  It raises GradscopeError at a step that has none."""
-        return _ValueReplay(self.label, self.arguments[0], layout)
+        """A replay that reads each step's spectra.  It raises GradscopeError at a step that lacks what is needed."""
+        return _ValueReplay(self.label, self.arguments[0], layout, _members(source))
 
 
 class _ValueReplay:
-    """One row per step for the joint gradient and the clip groups; layers are summed up as they come."""
+    """One row per step for the joint gradient and the clip groups; layers are summed up as they come.
 
-    def __init__(self, label: str, clip_value: float, layout: TensorLayout) -> None:
+    ``recorded`` lists the tensors of each clip group of the source, None where they do not divide its tensors.
+    """
+
+    def __init__(
+        self, label: str, clip_value: float, layout: TensorLayout, recorded: list[NDArray[np.intp]] | None
+    ) -> None:
         self._label = label
         self._clip_value = clip_value
         self._layout = layout
+        self._recorded = recorded
+        self._unions = _unions(recorded, layout.groups)
         self._joint: list[Series] = []
         self._groups: list[Series] = []
         self._layers = LayerTotals(len(layout.layers))
+        self._clipped = exactly(0)
         self._angle_error = 0.0
 
     def see(self, step: GradientStep) -> None:
-        clips = [self._clip(step, i) for i in range(len(self._layout.tensors))]
-        layers = _merge(clips, self._layout.layers)
-        groups = _merge(clips, self._layout.groups)
-        joint = [ValueClip.total(groups)]
-        over = step.max_abs[None] > self._clip_value
-        counts = [clip.clipped for clip in layers]
-        self._layers.add(_series(layers, self._layout.layers.any(over))[0], counts)
-        self._groups.append(_series(groups, self._layout.groups.any(over))[0])
-        series, error = _series(joint, self._layout.joint.any(over))
+        layout, over = self._layout, step.max_abs[None] > self._clip_value
+        recorded = self._recorded_clips(step)
+        tensors = self._clips(step.spectra, step.max_abs)
+        groups = None if tensors is None else _merge(tensors, layout.groups)
+        if recorded is not None and self._unions is not None:
+            groups = _merge(recorded, self._unions)
+        joint = recorded or groups
+        if joint is None:
+            raise self._lacking(step)
+        whole = joint[0] if len(joint) == 1 else ValueClip.total(joint)
+        series, error = _series([whole], layout.joint.any(over))
         self._joint.append(series)
+        self._clipped += whole.clipped
         self._angle_error = max(self._angle_error, error)
+        self._groups.append(_series(groups, layout.groups.any(over))[0])
+        layers = None if tensors is None else _merge(tensors, layout.layers)
+        counts: list[ClippedCount] = [] if layers is None else [clip.clipped for clip in layers]
+        self._layers.add(_series(layers, layout.layers.any(over))[0], counts)
 
     def effect(self) -> Effect:
-        return Effect(
-            joint=Series.concatenate(self._joint, 1),
-            groups=Series.concatenate(self._groups, len(self._layout.groups)),
-            layers=self._layers.means(),
-            angle_error=self._angle_error,
-        )
-
-    def _clip(self, step: GradientStep, tensor: int) -> ValueClip:
-        spectrum = step.spectra[tensor] if step.spectra else None
-        if spectrum is None:
+        groups = Series.concatenate(self._groups, len(self._layout.groups))
+        if self._joint and not len(groups.scale):
             raise GradscopeError(
                 f"--policy {self._label}",
-                f"step {step.index} ({step.label}) holds norms only; clip by value needs the elements",
-                "gradient dumps and captured batches hold them",
+                "none of these steps holds the spectra that other clip groups than the recorded ones need",
+                f"choose more --steps, or none; {ALL_SPECTRA}",
             )
-        return spectrum.value_clip(self._clip_value)
+        return Effect(
+            joint=Series.concatenate(self._joint, 1),
+            groups=groups,
+            layers=self._layers.means(),
+            angle_error=self._angle_error,
+            clipped=self._clipped,
+        )
+
+    def _recorded_clips(self, step: GradientStep) -> list[ValueClip] | None:
+        """One clip per clip group of the source, where the step holds their spectra."""
+        if self._recorded is None or not step.group_spectra:
+            return None
+        return self._clips(step.group_spectra, [step.max_abs[members].max(initial=0.0) for members in self._recorded])
+
+    def _clips(
+        self, spectra: Sequence[MagnitudeSpectrum | None], largest: Sequence[float] | FloatArray
+    ) -> list[ValueClip] | None:
+        """One clip per set of elements, whose ``largest`` magnitude is known; None where a spectrum is missing.
+
+        What had no gradient at a step has no spectrum, and needs none.
+        """
+        clips = []
+        for spectrum, most in zip(spectra, largest, strict=bool(spectra)):
+            if spectrum is None and most > 0.0:
+                return None
+            clips.append(
+                ValueClip.none(self._clip_value) if spectrum is None else spectrum.value_clip(self._clip_value)
+            )
+        return clips or None
+
+    def _lacking(self, step: GradientStep) -> GradscopeError:
+        where, what = f"--policy {self._label}", f"step {step.index} ({step.label})"
+        if any(spectrum is not None for spectrum in (*step.spectra, *step.group_spectra)):
+            return GradscopeError(where, f"{what} holds the spectra of some of its tensors only", ALL_SPECTRA)
+        return GradscopeError(
+            where,
+            f"{what} holds norms only; clip by value needs the elements or their spectra",
+            "gradient dumps hold them, and what gradscope record writes without --detail norms",
+        )
+
+
+def _members(source: GradientSource) -> list[NDArray[np.intp]] | None:
+    """The tensors of each clip group of ``source``, unless one is in several groups or in none."""
+    position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
+    grouped = [name for group in source.groups for name in group.tensors]
+    if sorted(grouped) != sorted(position):
+        return None
+    return [np.array([position[name] for name in group.tensors], dtype=np.intp) for group in source.groups]
+
+
+def _unions(recorded: list[NDArray[np.intp]] | None, groups: Partition) -> Partition | None:
+    """Which of ``groups`` each recorded clip group belongs to; None where one is divided among several."""
+    if recorded is None:
+        return None
+    owners = [np.unique(groups.owner[members]) for members in recorded]
+    if any(len(owner) != 1 for owner in owners):
+        return None
+    return Partition.over(np.concatenate(owners), groups.names)
 
 
 def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
@@ -81,8 +152,14 @@ def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
     return [parts[0] if len(parts) == 1 else ValueClip.total(parts) for parts in members]
 
 
-def _series(clips: list[ValueClip], triggered: BoolArray) -> tuple[Series, float]:
-    """One step's ``clips``, one per set, as a series of length 1, and the widest half-width of an angle."""
+def _series(clips: list[ValueClip] | None, triggered: BoolArray) -> tuple[Series, float]:
+    """One step's ``clips``, one per set, as a series of length 1, and the widest half-width of an angle.
+
+    Without clips only the triggers are known.
+    """
+    if clips is None:
+        unknown = np.empty((0, triggered.shape[1]))
+        return Series(triggered, unknown, unknown, unknown), 0.0
     rows = [(clip.scale(), clip.norm_ratio(), *clip.direction_change_deg()) for clip in clips]
     columns: FloatArray = np.array(rows, dtype=np.float64).T[:, None, :]
     return Series(triggered, columns[0], columns[1], columns[2]), float(columns[3].max())

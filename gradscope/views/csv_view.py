@@ -13,7 +13,7 @@ from dataclasses import asdict
 from gradscope import results
 from gradscope.printable import printable
 from gradscope.spread import Spread
-from gradscope.views.choices import ViewChoices
+from gradscope.views.choices import By, ViewChoices
 from gradscope.views.norm_rows import NormRow, gradient_rows, optimizer_rows, ordered, weight_rows
 
 # What a cell may hold; None is an empty cell.
@@ -32,7 +32,11 @@ SIMULATION_COLUMNS = (
 def inspection_csv(inspection: results.Inspection, choices: ViewChoices) -> str:
     """One row per tensor, layer or clip group: of the gradients, else of the optimizers, else of the weights."""
     if inspection.gradients is not None:
-        return _csv(_gradient_record(row) for row in _chosen(gradient_rows(inspection.gradients, choices.by), choices))
+        # A log of norms knows neither layers nor what a clip group is.
+        by: By = "tensor" if inspection.source.kind == "norm-log" else choices.by
+        rows = _chosen(gradient_rows(inspection.gradients, by), choices)
+        updated = any(row.update_ratio is not None for row in rows)
+        return _csv(_gradient_record(row, updated) for row in rows)
     known = [
         (optimizer.name, _chosen(optimizer_rows(optimizer, choices.by), choices)) for optimizer in inspection.optimizers
     ]
@@ -45,10 +49,11 @@ def _chosen(rows: list[NormRow], choices: ViewChoices) -> list[NormRow]:
     return ordered(rows, choices.sort)[: choices.top]
 
 
-def _gradient_record(row: NormRow) -> Record:
+def _gradient_record(row: NormRow, updated: bool) -> Record:
     spread = row.spread or Spread.constant(float("nan"))
     norms: Record = {f"l2_norm_{name}": value for name, value in asdict(spread).items()}
-    return {"name": row.name, "numel": row.numel, "share": row.share, **norms, **_tensor_record(row)}
+    update: Record = {"update_ratio": row.update_ratio} if updated else {}
+    return {"name": row.name, "numel": row.numel, "share": row.share, **norms, **update, **_tensor_record(row)}
 
 
 def _optimizer_record(optimizer: str, row: NormRow) -> Record:
@@ -73,7 +78,7 @@ def _tensor_record(row: NormRow) -> Record:
     owner: Record = {"layer": tensor.layer, "group": tensor.group} if isinstance(tensor, results.TensorNorm) else {}
     return {
         **owner,
-        "shape": "x".join(map(str, tensor.shape)),
+        "shape": None if tensor.shape is None else "x".join(map(str, tensor.shape)),
         "dtype": tensor.dtype,
         "rms": tensor.rms,
         "max_abs": tensor.max_abs,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from gradscope import results
+from gradscope.findings import step_word
 from gradscope.notation import count, names, number, percent, setting
 from gradscope.views.cells import consistency, known
 from gradscope.views.choices import By, ViewChoices
@@ -20,7 +21,8 @@ from gradscope.views.norm_rows import (
     shown_and_folded,
     weight_rows,
 )
-from gradscope.views.norm_tables import gradient_fields, norm_table, optimizer_fields, weight_fields
+from gradscope.views.norm_tables import gradient_fields, norm_table, optimizer_fields, series_fields, weight_fields
+from gradscope.views.recorded_table import recorded_table
 from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table
 
 
@@ -32,12 +34,18 @@ def inspect_screen(inspection: results.Inspection, choices: ViewChoices) -> Scre
 def _blocks(inspection: results.Inspection, choices: ViewChoices) -> Iterator[Block]:
     yield Sentence(_opening(inspection, choices), tone="strong")
     yield from (Sentence(finding, finding=True) for finding in inspection.findings)
+    # That a log is a sample, and of what, comes before its numbers.
+    log = inspection.source.kind == "norm-log"
+    notes = [Sentence(note, tone="plain" if log else "quiet") for note in inspection.notes]
+    if log:
+        yield from notes
     if inspection.gradients is not None:
-        yield from _gradient_blocks(inspection.gradients, choices)
+        yield from _gradient_blocks(inspection, inspection.gradients, choices)
     yield from _optimizer_blocks(inspection, choices)
     if inspection.weights is not None and not any(optimizer.tensors for optimizer in inspection.optimizers):
         yield _weights_table(inspection.weights, choices)
-    yield from (Sentence(note, tone="quiet") for note in inspection.notes)
+    if not log:
+        yield from notes
     if inspection.skipped:
         yield Sentence(f"Skipped: {names(inspection.skipped, most=5)}.", tone="quiet")
     yield Sentence(_next(inspection, choices))
@@ -47,9 +55,11 @@ def _opening(inspection: results.Inspection, choices: ViewChoices) -> str:
     parts = [inspection.source.picked] if inspection.source.picked else []
     parts.append(inspection.source.format)
     if inspection.gradients is not None:
-        parts += [_counted(inspection.source.steps, "step")] if inspection.source.steps else []
-        parts.append(_counted(len(inspection.gradients.tensors), "gradient tensor"))
-        parts.append(_counted(inspection.gradients.global_.numel, "element"))
+        parts += [_counted(inspection.source.steps, step_word(inspection.source)[:-1])] * (inspection.source.steps > 0)
+        log = inspection.source.kind == "norm-log"
+        parts.append(_counted(len(inspection.gradients.tensors), "norm" if log else "gradient tensor"))
+        numel = inspection.gradients.global_.numel
+        parts += [] if numel is None else [_counted(numel, "element")]
     elif inspection.weights is not None:
         parts.append(_counted(len(inspection.weights.tensors), "tensor"))
         parts.append(_counted(inspection.weights.global_.numel, "parameter"))
@@ -68,30 +78,50 @@ def _optimizer_words(optimizer: results.OptimizerReport) -> str:
 
 
 def _next(inspection: results.Inspection, choices: ViewChoices) -> str:
-    groups = [group for optimizer in inspection.optimizers for group in optimizer.groups]
-    limits = dict.fromkeys(limit for group in groups for limit in (group.trained_max_norm, group.max_norm))
-    policy = "--max-norm " + (" ".join(setting(limit) for limit in limits if limit is not None) or "0.5")
     if inspection.gradients is None:
-        return (
-            "Next: save gradients before they are clipped, one file per step, and run "
-            f"gradscope simulate DIRECTORY {policy}"
-        )
+        return "Next: gradscope record -- python train.py"
     path = "" if choices.opening else f"{shlex.quote(inspection.source.path)} "
-    return f"Next: gradscope simulate {path}{policy}"
+    return f"Next: gradscope simulate {path}--max-norm {_limits(inspection)}"
+
+
+def _limits(inspection: results.Inspection) -> str:
+    """The thresholds that were in force, else one to start with."""
+    groups = inspection.recorded.groups if inspection.recorded else ()
+    known = dict.fromkeys(group.max_norm for group in groups if group.max_norm is not None)
+    return " ".join(setting(limit) for limit in known) or "0.5"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _gradient_blocks(gradients: results.GradientSummary, choices: ViewChoices) -> Iterator[Block]:
+def _gradient_blocks(
+    inspection: results.Inspection, gradients: results.GradientSummary, choices: ViewChoices
+) -> Iterator[Block]:
     yield from nonfinite_sentences(gradients.nonfinite)
     if gradients.at is not None:
         yield _step_table(gradients.at)
-    if len(gradients.groups) > 1 and choices.by != "group":
+    if inspection.source.kind == "norm-log":
+        yield _series_table(gradients, choices)
+        return
+    recorded = inspection.recorded if choices.by != "group" else None
+    own = recorded is not None and [g.name for g in recorded.groups] == [g.name for g in gradients.groups]
+    if recorded is not None and len(recorded.groups) > 1:
+        yield recorded_table(recorded, gradients if own else None)
+    if len(gradients.groups) > 1 and choices.by != "group" and not own:
         yield _gradient_table(gradients, gradient_rows(gradients, "group"), None, "clip group")
     rows = ordered(gradient_rows(gradients, choices.by), choices.sort)
     shown, rest = shown_and_folded(rows, choices.top, choices.by)
     yield _gradient_table(gradients, shown, rest, _heading(choices.by))
+
+
+def _series_table(gradients: results.GradientSummary, choices: ViewChoices) -> Table:
+    rows = ordered(gradient_rows(gradients, "tensor"), choices.sort)[: choices.top]
+    return norm_table(series_fields(rows), rows, None, _whole(gradients) if len(gradients.tensors) > 1 else None)
+
+
+def _whole(gradients: results.GradientSummary) -> NormRow:
+    total = gradients.global_
+    return NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2_norm)
 
 
 def _heading(by: By) -> str:
@@ -101,19 +131,18 @@ def _heading(by: By) -> str:
 def _gradient_table(
     gradients: results.GradientSummary, rows: Sequence[NormRow], rest: NormRow | None, what: str
 ) -> Table:
-    total = gradients.global_
-    several = total.l2_norm.min < total.l2_norm.max
-    whole = NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2_norm)
-    return norm_table(gradient_fields(what, rows, several), rows, rest, whole)
+    several = gradients.global_.l2_norm.min < gradients.global_.l2_norm.max
+    return norm_table(gradient_fields(what, rows, several), rows, rest, _whole(gradients))
 
 
 def _step_table(steps: Sequence[results.StepRow]) -> Table:
     largest = max((step.l2_norm for step in steps if math.isfinite(step.l2_norm)), default=0.0)
+    # A log of norms knows nothing of elements.
+    elements = any(step.max_abs is not None for step in steps)
     columns = (
         Column("step", "left"),
         Column("norm"),
-        Column("max |g|"),
-        Column("zeros", spare=1),
+        *[Column("max |g|"), Column("zeros", spare=1)] * elements,
         Column("NaN/Inf"),
         Column("file", "left", spare=2),
     )
@@ -122,8 +151,7 @@ def _step_table(steps: Sequence[results.StepRow]) -> Table:
             (
                 count(step.step),
                 number(step.l2_norm),
-                number(step.max_abs),
-                count(step.zeros),
+                *[known(step.max_abs, number), known(step.zeros, count)] * elements,
                 count(step.nonfinite) if step.nonfinite else "",
                 step.label,
             ),

@@ -32,6 +32,7 @@ class NormRow:
     tensor: results.TensorNorm | results.TensorWeights | None = None
     mean_norm: float | None = None
     consistency: float | None = None
+    update_ratio: float | None = None
 
 
 def gradient_rows(gradients: results.GradientSummary, by: By) -> list[NormRow]:
@@ -46,6 +47,7 @@ def gradient_rows(gradients: results.GradientSummary, by: By) -> list[NormRow]:
             entry.numel,
             entry.l2_norm,
             entry if isinstance(entry, results.TensorNorm) else None,
+            update_ratio=None if isinstance(entry, results.GroupNorm) else entry.update_ratio,
         )
         for entry in entries
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from gradscope import results
 from gradscope.notation import count, number, percent
@@ -50,7 +51,15 @@ def gradient_fields(what: str, rows: Sequence[NormRow], several_steps: bool) -> 
         ]
     else:
         fields.append(norm_field("norm"))
-    return [*fields, SHARE, *_tensor_fields(rows), ELEMENTS]
+    updated = [UPDATE] if any(row.update_ratio is not None for row in rows) else []
+    return [*fields, SHARE, *updated, *_tensor_fields(rows), ELEMENTS]
+
+
+def series_fields(rows: Sequence[NormRow]) -> list[Field]:
+    """The columns for the series of a norm log, which tells nothing but norms."""
+    fields = gradient_fields("series", rows, several_steps=True)
+    kept = {"series", "median norm", "p95", "max", "p99", "min"} | ({"share"} if len(rows) > 1 else set())
+    return [field for field in fields if field.column.title in kept]
 
 
 def weight_fields(what: str, rows: Sequence[NormRow]) -> list[Field]:
@@ -91,22 +100,30 @@ def _tensor_fields(rows: Sequence[NormRow]) -> list[Field]:
     fields = [
         Field(Column("max |g|" if isinstance(tensors[0], results.TensorNorm) else "max |w|", spare=3), _max_abs),
         Field(Column("shape", spare=4), _shape),
-        Field(Column("dtype", "left", spare=5), lambda row: row.tensor.dtype if row.tensor else ""),
+        Field(Column("dtype", "left", spare=5), lambda row: _of_tensor(row, "dtype", str)),
     ]
     if any(tensor.zeros for tensor in tensors):
-        fields.append(Field(Column("zeros", spare=6), lambda row: count(row.tensor.zeros) if row.tensor else ""))
+        fields.append(Field(Column("zeros", spare=6), lambda row: _of_tensor(row, "zeros", count)))
     if any(tensor.nonfinite for tensor in tensors):
-        fields.append(Field(Column("NaN/Inf"), lambda row: count(row.tensor.nonfinite) if row.tensor else ""))
+        fields.append(Field(Column("NaN/Inf"), lambda row: _of_tensor(row, "nonfinite", count)))
     return fields
 
 
 def _max_abs(row: NormRow) -> str:
-    return number(row.tensor.max_abs) if row.tensor else ""
+    return _of_tensor(row, "max_abs", number)
 
 
 def _shape(row: NormRow) -> str:
-    return ("×".join(map(str, row.tensor.shape)) or "scalar") if row.tensor else ""
+    return _of_tensor(row, "shape", lambda shape: "×".join(map(str, shape)) or "scalar")
 
 
+def _of_tensor(row: NormRow, name: str, text: Callable[[Any], str]) -> str:
+    return "" if row.tensor is None else known(getattr(row.tensor, name), text)
+
+
+UPDATE = Field(
+    Column("update/weight", spare=1, note="update/weight: median ‖θ' − θ‖/‖θ‖ of an optimizer step"),
+    lambda row: known(row.update_ratio, lambda ratio: number(ratio, 2)),
+)
 SHARE = Field(Column("share"), lambda row: known(row.share, percent))
 ELEMENTS = Field(Column("elements", spare=6), lambda row: known(row.numel, count))

@@ -136,8 +136,9 @@ def _span(steps: tuple[int, int]) -> str:
     return f"{count(steps[0])}–{count(steps[1])}"
 
 
-def group_table(policies: Sequence[results.PolicyResult], width: int) -> Table:
+def group_table(simulation: results.Simulation, width: int) -> Table:
     """The clip groups: all of one policy, or the clip rates of several side by side."""
+    policies = simulation.results
     first = policies[0].groups
     if len(policies) > 1:
         titles = [group.name for group in first]
@@ -168,7 +169,15 @@ def group_table(policies: Sequence[results.PolicyResult], width: int) -> Table:
         )
         for group in first
     ]
-    return Table(tuple(columns), tuple(lines))
+    return Table(tuple(columns), tuple(lines), caption=_sampled(simulation, policies[0].group_steps))
+
+
+def _sampled(simulation: results.Simulation, steps: int | None) -> str:
+    """From which steps an effect is known, where those are not all."""
+    if steps is None or steps >= simulation.steps - simulation.nonfinite_steps:
+        return ""
+    which = f"{count(steps)} {step_word(simulation.source)}"
+    return f"all but the share of clipped steps: over the {which} whose tensors' spectra were recorded"
 
 
 def _side_by_side(
@@ -210,8 +219,9 @@ def _with_csv(what: str, titles: Sequence[str]) -> list[str]:
 # --- by layer --------------------------------------------------------------------------------------------------------
 
 
-def layer_table(policies: Sequence[results.PolicyResult]) -> Table | None:
+def layer_table(simulation: results.Simulation) -> Table | None:
     """The layers that the first policy which treats layers apart changes most."""
+    policies = simulation.results
     layerwise = [policy for policy in policies if policy.policy.split(":")[0] in _LAYERWISE_POLICIES and policy.layers]
     if not layerwise:
         return None
@@ -225,7 +235,9 @@ def layer_table(policies: Sequence[results.PolicyResult]) -> Table | None:
         cells = [layer.name, percent(layer.clip_rate), factor(layer.scale), angle(layer.direction_change_deg)]
         rows.append(Row((*cells, *[_clipped_elements(layer)] * by_element)))
     hidden = len(changed) - MOST_LAYERS
-    captions = [f"{hidden} more layer{'s' * (hidden > 1)} with --format csv"] if hidden > 0 else []
+    sampled = _sampled(simulation, policy.layer_steps)
+    captions = [sampled] if sampled else []
+    captions += [f"{hidden} more layer{'s' * (hidden > 1)} with --format csv"] if hidden > 0 else []
     captions += _with_csv("layers under ", [policy_words(other.policy) for other in layerwise[1:]])
     title = f"Layers under {policy_words(policy.policy)}"
     return Table(tuple(columns), tuple(rows), title=title, caption="; ".join(captions))

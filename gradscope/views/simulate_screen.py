@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from gradscope import results
-from gradscope.findings import is_skip, policy_words, step_word
+from gradscope.findings import is_skip, policy_words, run_words, step_word
 from gradscope.notation import count, number, percent, setting
 from gradscope.views.cells import factor
 from gradscope.views.choices import ViewChoices
@@ -34,20 +34,29 @@ def _blocks(simulation: results.Simulation, choices: ViewChoices) -> Iterator[Bl
     yield Sentence(_opening(simulation, choices), tone="strong")
     yield from (Sentence(finding, finding=True) for finding in simulation.findings)
     yield from nonfinite_sentences(simulation.nonfinite)
+    # That a log is a sample, and of what, comes before its numbers.
+    log = simulation.source.kind == "norm-log"
+    notes = [Sentence(note, tone="plain" if log else "quiet") for note in simulation.notes]
+    if log:
+        yield from notes
     if not simulation.results:
         yield _norm_table(simulation)
     yield from _policy_blocks(simulation, choices)
-    if sum(simulation.norm_histogram.counts) >= FEWEST_FOR_HISTOGRAM:
+    # The norms of several phases are no one distribution.
+    phased = any(len(policy.phases) > 1 for policy in simulation.results)
+    if sum(simulation.norm_histogram.counts) >= FEWEST_FOR_HISTOGRAM and not phased:
         yield _histogram(simulation)
     if simulation.sweep:
         yield _ladder(simulation)
     yield from (Sentence(text, finding=True) for text in _suggestions(simulation))
-    yield from (Sentence(note, tone="quiet") for note in simulation.notes)
+    if not log:
+        yield from notes
     if simulation.skipped:
         yield Sentence(f"Skipped: {', '.join(simulation.skipped[:5])}.", tone="quiet")
     if not simulation.results and not simulation.sweep:
         yield Sentence(
-            "Next: add a policy, for example --max-norm 0.5 or --clip-value 0.01; each takes several values."
+            "Next: add a policy, for example --max-norm 0.5"
+            f"{'' if log else ' or --clip-value 0.01'}; each takes several values."
         )
     yield Sentence("Replay: another threshold would have trained another policy.")
 
@@ -56,7 +65,7 @@ def _opening(simulation: results.Simulation, choices: ViewChoices) -> str:
     start = choices.opening or simulation.source.path
     steps = step_word(simulation.source)
     steps = steps.removesuffix("s") if simulation.steps == 1 else steps
-    return f"{start}: {count(simulation.steps)} {steps}, {simulation.source.format}"
+    return f"{start}: {count(simulation.steps)} {steps}, {run_words(simulation.source)}"
 
 
 def _norm_table(simulation: results.Simulation) -> Table:
@@ -79,8 +88,8 @@ def _policy_blocks(simulation: results.Simulation, choices: ViewChoices) -> Iter
     if phased:
         yield phase_table(simulation, choices.width)
     if any(len(policy.groups) > 1 for policy in policies):
-        yield group_table(policies, choices.width)
-    layers = layer_table(policies)
+        yield group_table(simulation, choices.width)
+    layers = layer_table(simulation)
     if layers is not None:
         yield layers
 

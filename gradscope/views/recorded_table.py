@@ -1,0 +1,37 @@
+"""The clip groups of a recorded run: what each was limited to, and how often that clipped it."""
+
+from __future__ import annotations
+
+from gradscope import results
+from gradscope.notation import count, number, percent, setting
+from gradscope.views.cells import known
+from gradscope.views.screen import Column, Row, Table
+
+_NEVER = "–"
+
+
+def recorded_table(run: results.RecordedRun, gradients: results.GradientSummary | None) -> Table:
+    """One row per clip group; with ``gradients``, which have the same groups, also how large each was."""
+    first, last = run.overall.recent.steps
+    values = any(group.clip_value is not None for group in run.groups)
+    columns = [
+        Column("clip group", "left"),
+        Column("max_norm"),
+        *[Column("clip_value")] * values,
+        Column("clipped"),
+        Column(f"last {count(last - first + 1)}", spare=2),
+        *[Column("median norm", spare=1), Column("share")] * (gradients is not None),
+    ]
+    rows = []
+    for i, group in enumerate(run.groups):
+        cells = [
+            group.name,
+            known(group.max_norm, setting),
+            *[known(group.clip_value, setting)] * values,
+            percent(group.clip_rate) if group.steps else _NEVER,
+            percent(group.recent.clip_rate) if group.steps else _NEVER,
+        ]
+        norm = gradients.groups[i] if gradients is not None else None
+        cells += [number(norm.l2_norm.p50), percent(norm.share)] if norm else []
+        rows.append(Row(tuple(cells), bar=norm.share if norm else None))
+    return Table(tuple(columns), tuple(rows))
