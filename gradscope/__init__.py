@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradscope.api import inspect, simulate
     from gradscope.errors import GradscopeError
+    from gradscope.recording.recorder import Recorder as Recorder
     from gradscope.results import Inspection, Simulation
     from gradscope.spread import Spread
 
     __version__: str
 
+# Recorder, which needs torch, is left out: `import *` would load it.
 __all__ = ["GradscopeError", "Inspection", "Simulation", "Spread", "__version__", "inspect", "simulate"]
 
 _HOMES = {
     "GradscopeError": "gradscope.errors",
     "Inspection": "gradscope.results",
+    "Recorder": "gradscope.recording.recorder",
     "Simulation": "gradscope.results",
     "Spread": "gradscope.spread",
     "inspect": "gradscope.api",
@@ -38,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOMES})
 
 
 def _version() -> str:

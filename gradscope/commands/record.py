@@ -134,8 +134,8 @@ def _say_what_was_recorded(settings: RecordSettings) -> None:
     for trace in traces:
         if not settings.quiet:
             _say(outcome.summary(trace))
-        for sentence in outcome.findings(trace):
-            _say(f"warning: {sentence}")
+        for finding in trace.metadata.findings:
+            _say(f"warning: {finding.message}")
     if traces and not settings.quiet:
         _say(outcome.next_command(traces[0]))
 

@@ -2,68 +2,63 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from gradscope.errors import GradscopeError
 from gradscope.notation import count
 from gradscope.recording.settings import NOT_ATTACHED, NOT_INSTALLED, STEPS_SEEN, TORCH_IMPORTED, RecordSettings
-from gradscope.trace.schema import METADATA_FILE
+from gradscope.trace.metadata_json import metadata_from_json
+from gradscope.trace.schema import METADATA_FILE, TraceMetadata
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedTrace:
-    """A trace that a process of the command made, and what its ``trace.json`` holds."""
+    """A trace that a process of the command made."""
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: TraceMetadata
 
 
 def launched_traces(settings: RecordSettings) -> list[LaunchedTrace]:
     """The traces of this launch: ``NAME.gradscope``, and ``NAME-2.gradscope``… of further processes."""
     base = Path(settings.path)
-    beside = sorted(base.parent.glob(f"{_escaped(base.stem)}*{base.suffix}"), key=lambda path: (len(path.name), path))
-    return [trace for path in beside if (trace := _read(path, settings.launch))]
+    beside = base.parent.glob(f"{glob.escape(base.stem)}*{base.suffix}")
+    traces = [
+        trace for path in beside if (trace := _read(path)) and trace.metadata.extra.get("launch") == settings.launch
+    ]
+    return sorted(traces, key=lambda trace: trace.metadata.started)
 
 
-def _escaped(name: str) -> str:
-    from glob import escape
-
-    return escape(name)
-
-
-def _read(path: Path, launch: str) -> LaunchedTrace | None:
+def _read(path: Path) -> LaunchedTrace | None:
     try:
-        metadata = json.loads((path / METADATA_FILE).read_bytes())
-    except (OSError, ValueError):
+        return LaunchedTrace(path, metadata_from_json((path / METADATA_FILE).read_bytes(), str(path)))
+    except (OSError, GradscopeError):
         return None
-    extra = metadata.get("extra") if isinstance(metadata, dict) else None
-    ours = isinstance(extra, dict) and extra.get("launch") == launch
-    return LaunchedTrace(path, metadata) if ours else None
 
 
 def summary(trace: LaunchedTrace) -> str:
     """What was recorded, and where it is."""
     metadata = trace.metadata
-    groups, tensors = len(metadata.get("groups", ())), len(metadata.get("tensors", ()))
-    what = f"{_several(groups, 'clip group')} of {_several(tensors, 'tensor')}"
-    steps = metadata.get("steps")
+    updates = _several(metadata.steps if metadata.steps is not None else _steps_on_disk(trace.path), "update")
+    groups = _several(len(metadata.groups), "clip group")
     size = sum(file.stat().st_size for file in trace.path.iterdir())
-    where = f"{_shown(trace.path)} ({_size(size)})"
-    if isinstance(steps, int):
-        return f"Recorded {_several(steps, 'update')}, {what}: {where}"
-    state = "is still being recorded" if _alive(metadata.get("pid")) else "was cut off before its end"
-    return f"Recorded {what}: {where}; it {state}"
+    line = f"Recorded {updates}, {groups}, {_several(len(metadata.tensors), 'tensor')}: {_shown(trace.path)} ({_size(size)})"
+    if metadata.ended is not None:
+        return line
+    return f"{line}; it is {'still being recorded' if _alive(metadata.pid) else 'cut off: the process was killed'}"
 
 
-def findings(trace: LaunchedTrace) -> Iterator[str]:
-    """What is wrong with how the run clips, one sentence each."""
-    for finding in trace.metadata.get("findings", ()):
-        yield str(finding.get("message", ""))
+def _steps_on_disk(path: Path) -> int:
+    from gradscope.trace.reader import RankTrace
+
+    try:
+        return len(set(RankTrace.open(path, 0).step.tolist()))
+    except GradscopeError:
+        return 0
 
 
 def next_command(trace: LaunchedTrace) -> str:
@@ -102,9 +97,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _alive(pid: object) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
+def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
