@@ -128,6 +128,7 @@ def _clipping(
             clip_rate=_share(clipped[recent][newest]),
             clip_rate_ci95=newest_interval,
             effective_steps=newest_effective,
+            length=recent.stop - recent.start,
         ),
         decisions_differ=int(differ.sum()),
     )

@@ -53,7 +53,7 @@ def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int, alone: bool =
     first = steps[0]
     before = f"; the last finite tensor before it is {first.last_finite_before[0]}" if first.last_finite_before else ""
     tensors = f"{names(first.tensors, most=2)}{before}"
-    step = f"step {first.step} ({first.label})"
+    step = step_name(first)
     if alone:
         said = f"S{step[1:]} holds NaN or Inf, in {tensors}."
     elif total == 1:
@@ -178,10 +178,9 @@ def _how_often(group: results.RecordedClipping, steps: str) -> str:
         return f"none of the {count(group.steps)} {steps}"
     overall = f"{percent(group.clip_rate)} of {count(group.steps)} {steps}"
     recent = group.recent
-    length = recent.steps[1] - recent.steps[0] + 1
-    if length >= group.steps or math.isnan(recent.clip_rate):
+    if recent.length >= group.steps or math.isnan(recent.clip_rate):
         return overall
-    return f"{overall} ({percent(recent.clip_rate)}{_bounds(recent.clip_rate_ci95)} of the last {count(length)})"
+    return f"{overall} ({percent(recent.clip_rate)}{_bounds(recent.clip_rate_ci95)} of the last {count(recent.length)})"
 
 
 def _bounds(interval: tuple[float, float] | None) -> str:
@@ -278,7 +277,7 @@ def _clipping(simulation: results.Simulation, result: results.PolicyResult) -> I
         yield _one_step(policy, simulation, result)
         return
     recent = result.recent
-    length = recent.steps[1] - recent.steps[0] + 1
+    length = recent.length
     if recent.clip_rate_ci95 is None:
         interval = " (too few independent steps for an interval)"
     else:
@@ -347,6 +346,12 @@ def _role_dominance(simulation: results.Simulation, result: results.PolicyResult
 def step_word(source: results.Source) -> str:
     """What the steps of ``source`` are called: a trace follows the updates, dumps are those that somebody recorded."""
     return "updates" if source.kind == "trace" else "steps"
+
+
+def step_name(step: results.NonfiniteStep) -> str:
+    """The number of a step, and its label where that says more."""
+    numbered = f"step {step.step}"
+    return numbered if step.label == numbered else f"{numbered} ({step.label})"
 
 
 def run_words(source: results.Source) -> str:

@@ -86,9 +86,9 @@ class GradientStep:
     zeros: IntArray
     nan: IntArray
     inf: IntArray
-    spectra: tuple[MagnitudeSpectrum | None, ...]
+    spectra: Sequence[MagnitudeSpectrum | None]
     read: Callable[[int], NDArray[np.floating]] | None = None
-    group_spectra: tuple[MagnitudeSpectrum | None, ...] = ()
+    group_spectra: Sequence[MagnitudeSpectrum | None] = ()
     recorded: RecordedClip | None = None
 
     @classmethod
@@ -142,6 +142,11 @@ class GradientSource(ABC):
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     findings: tuple[str, ...] = ()
+
+    @property
+    def step_numbers(self) -> Sequence[int] | IntArray:
+        """The number of the step at each position, rising."""
+        return range(self.info.steps)
 
     @abstractmethod
     def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:

@@ -184,7 +184,7 @@ def _gradients(
     progress: Progress | None,
 ) -> tuple[results.GradientSummary, results.RecordedRun | None]:
     if at is not None:
-        place = place_of_step(at, selected)
+        place = place_of_step(at, selected, source.step_numbers)
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
     columns = _Columns.of(source.read_steps(selected, progress))

@@ -125,12 +125,13 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class RecentClipping:
-    """The newest part of the run, by step index, both ends inclusive."""
+    """The newest part of the run: its first and last step by their index, and its ``length`` in recorded steps."""
 
     steps: tuple[int, int]
     clip_rate: float
     clip_rate_ci95: tuple[float, float] | None
     effective_steps: float
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +413,10 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """``suggested_max_norm`` maps "0.50", "0.10", "0.05", "0.01" to the υ that clips that share, "steps" to [a, b]."""
+    """``suggested_max_norm`` maps "0.50", "0.10", "0.05", "0.01" to the υ that clips that share, "steps" to [a, b].
+
+    It looks at the newest ``recent_steps`` of the ``steps``.
+    """
 
     schema: str
     source: Source
@@ -429,4 +433,5 @@ class Simulation:
     sweep: tuple[SweepRow, ...]
     suggested_max_norm: Mapping[str, float | tuple[int, int]]
     suggested_max_norm_overall: Mapping[str, float | tuple[int, int]]
+    recent_steps: int
     float32_overflow: Float32Overflow | None = None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
 from gradscope.tensors import ClipGroup, TensorInfo
@@ -43,18 +47,23 @@ def select_steps(steps: str | slice | None, total: int) -> range:
     return selected
 
 
-def place_of_step(at: int, selected: range) -> int:
+def place_of_step(at: int, selected: range, numbers: Sequence[int] | NDArray[np.int64]) -> int:
     """Where the step numbered ``at`` stands among the ``selected`` ones; a negative number counts from their end.
 
-    Raises GradscopeError where it is not among them; the error says which are.
+    ``numbers`` are those of all steps, rising.  Raises GradscopeError where it is not among them; the error says which
+    are.
     """
     if not isinstance(at, int):
         raise GradscopeError(f"--at {at}", "must be the number of a step")
-    if at >= 0 and at in selected:
-        return selected.index(at)
     if -len(selected) <= at < 0:
         return len(selected) + at
-    raise GradscopeError(f"--at {at}", f"steps run from {selected[0]} to {selected[-1]}")
+    position = bisect_right(numbers, at) - 1
+    if at >= 0 and position in selected and numbers[position] == at:
+        return selected.index(position)
+    first, last = int(numbers[selected[0]]), int(numbers[selected[-1]])
+    if first < at < last:
+        raise GradscopeError(f"--at {at}", f"is no step that was read; the one before it is {numbers[position]}")
+    raise GradscopeError(f"--at {at}", f"steps run from {first} to {last}")
 
 
 def _ends(steps: slice) -> tuple[object, ...]:

@@ -85,6 +85,7 @@ def simulate(
         sweep=_sweep(chosen, run, convention) if sweep else (),
         suggested_max_norm=_suggest(run, run.recent),
         suggested_max_norm_overall=_suggest(run, slice(0, len(run.index))),
+        recent_steps=run.recent.stop - run.recent.start,
         float32_overflow=_float32_overflow(source, run),
     )
     return replace(simulation, findings=source.findings + simulation_findings(simulation))
@@ -106,8 +107,8 @@ def _policy(given: object) -> Policy:
 
 
 def _own_policies(source: GradientSource) -> tuple[tuple[Policy, ...], tuple[str, ...]]:
-    """What to simulate where nothing was asked for: the clipping that a trace was recorded with, and a word on it."""
-    limits = dict.fromkeys(group.max_norm for group in source.groups) if source.info.kind == "trace" else ()
+    """What to simulate where nothing was asked for: the max_norm that the source names, and a word on it."""
+    limits = dict.fromkeys(group.max_norm for group in source.groups)
     known = [limit for limit in limits if limit is not None and 0.0 < limit < math.inf]
     if not known:
         return (), ()
@@ -353,6 +354,7 @@ def _recent_clipping(clipped: NDArray[np.bool_], run: _Run) -> results.RecentCli
         clip_rate=_share(clipped[part]),
         clip_rate_ci95=interval,
         effective_steps=effective,
+        length=run.recent.stop - run.recent.start,
     )
 
 

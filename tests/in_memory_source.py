@@ -60,7 +60,8 @@ class RecordedSource(InMemorySource):
     """What a trace holds of ``steps``: norms and the groups' spectra at every step, tensors' spectra at every 10th.
 
     ``limits`` (max_norm per step and group), ``returned`` norms and ``stepped`` are [steps, groups]; ``tensor_every``
-    None leaves out all spectra.  ``updates`` maps a tensor to its weight norm and update norm.
+    None leaves out all spectra.  ``updates`` maps a tensor to its weight norm and update norm.  ``apart`` is the
+    distance between the numbers of two steps.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class RecordedSource(InMemorySource):
         norm_type: float = 2.0,
         tensor_every: int | None = 10,
         updates: dict[str, tuple[float, float]] | None = None,
+        apart: int = 1,
     ) -> None:
         super().__init__(steps, groups, elements=False)
         shape = (len(steps), len(self.groups))
@@ -85,6 +87,7 @@ class RecordedSource(InMemorySource):
         self._norm_type = np.full(shape[1], norm_type)
         self._tensor_every = tensor_every
         self._updates = updates
+        self._apart = apart
         self.info = SourceInfo("run.gradscope", "trace", "recorded SB3 PPO run", len(steps))
         self.groups = tuple(
             replace(group, max_norm=None if np.isnan(limit) else float(limit))
@@ -100,10 +103,16 @@ class RecordedSource(InMemorySource):
             whole = tuple(spectrum if spectrum.numel else None for spectrum in merged)
             yield replace(
                 step,
+                index=step.index * self._apart,
+                label=f"step {step.index * self._apart}",
                 spectra=step.spectra if sampled else (None,) * len(names),
                 group_spectra=whole if self._tensor_every is not None else (),
                 recorded=self._recorded(step.index, names, sampled),
             )
+
+    @property
+    def step_numbers(self) -> range:
+        return range(0, self.info.steps * self._apart, self._apart)
 
     def _recorded(self, index: int, names: list[str], sampled: bool) -> RecordedClip:
         unknown = (np.nan, np.nan)

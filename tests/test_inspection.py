@@ -60,7 +60,7 @@ def test_a_step_with_nan_is_named_and_left_out() -> None:
     finite = [np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in steps[i].values())) for i in (0, 1, 2, 4)]
     assert math.isclose(gradients.global_.l2_norm.mean, float(np.mean(finite)), rel_tol=1e-6)
     assert inspection.findings[0] == (
-        "1 of 5 steps holds NaN or Inf: step 3 (step 3), in critic.0.weight; the last finite tensor before it is "
+        "1 of 5 steps holds NaN or Inf: step 3, in critic.0.weight; the last finite tensor before it is "
         "actor.0.bias. It is left out of every rate and quantile."
     )
 
@@ -70,9 +70,9 @@ def test_the_sentence_on_nan_speaks_of_what_was_looked_at() -> None:
     for broken in (7, 12, 30):
         steps[broken]["actor.0.weight"][0, 0] = np.inf
     source = InMemorySource(steps)
-    assert inspect(source).findings[0].startswith("3 of 40 steps hold NaN or Inf, first step 7 (step 7), in actor.0.")
-    assert inspect(source, steps="10:20").findings[0].startswith("1 of 10 steps holds NaN or Inf: step 12 (step 12)")
-    assert inspect(source, at=12).findings[0] == "Step 12 (step 12) holds NaN or Inf, in actor.0.weight."
+    assert inspect(source).findings[0].startswith("3 of 40 steps hold NaN or Inf, first step 7, in actor.0.")
+    assert inspect(source, steps="10:20").findings[0].startswith("1 of 10 steps holds NaN or Inf: step 12,")
+    assert inspect(source, at=12).findings[0] == "Step 12 holds NaN or Inf, in actor.0.weight."
     assert "NaN" not in "".join(inspect(source, at=13).findings)
     assert inspect(source, steps="12:13").findings[0] == "The step holds NaN or Inf, in actor.0.weight."
 

@@ -7,6 +7,7 @@ import pytest
 from in_memory_source import Arrays, InMemorySource, RecordedSource, angle_deg, flatten
 
 from gradscope.errors import GradscopeError
+from gradscope.inspection import inspect
 from gradscope.simulation import simulate
 from gradscope.views import VIEWS
 from gradscope.views.choices import ViewChoices
@@ -152,3 +153,19 @@ def test_without_a_policy_a_trace_is_replayed_with_its_own_max_norm() -> None:
     assert [result.policy for result in alike.results] == ["norm:1"]
     assert simulate(RecordedSource(run(), GROUPS), []).results == ()
     assert simulate(InMemorySource(run()), []).results == ()
+
+
+def test_gaps_between_the_numbers_of_steps_are_no_steps() -> None:
+    source = RecordedSource(run(), GROUPS, limits=1.0, apart=10)
+    simulation = simulate(source, ["norm:1"])
+    assert simulation.results[0].recent.steps == (200, 390)
+    assert (simulation.results[0].recent.length, simulation.recent_steps) == (20, 20)
+    assert "of the last 20 updates" in simulation.findings[0]
+    assert inspect(source).findings[0].startswith("actor: max_norm 1 clipped ")
+    at = inspect(source, at=70).gradients
+    assert at is not None and at.at is not None
+    assert [row.step for row in at.at] == list(range(0, 80, 10))
+    with pytest.raises(GradscopeError, match="no step that was read; the one before it is 70"):
+        inspect(source, at=75)
+    with pytest.raises(GradscopeError, match="steps run from 0 to 390"):
+        inspect(source, at=400)

@@ -204,12 +204,12 @@ def test_suggestions_are_rounded_up_so_that_they_clip_no_more_than_they_promise(
 def test_a_share_of_less_than_one_step_gets_the_largest_norm_and_is_marked() -> None:
     few = {"steps": (7936, 7999), "0.50": 0.31, "0.10": 3.16, "0.05": 5.7, "0.01": 14.1}
     dumps = results.Source("grads", "gradients", "gradient dumps (safetensors)", 8000)
-    text = " ".join(table(replace(simulation(), suggested_max_norm=few, source=dumps)).split())
+    text = " ".join(table(replace(simulation(), suggested_max_norm=few, recent_steps=64, source=dumps)).split())
     assert "To clip 10 % of recent steps use 3.16; 5 %: 5.70; 1 %: 14.1 (the largest seen); 50 %: 0.310." in text
     # One of the 20 steps is not finite: 5 % of the other 19 is less than one step.
     broken = (results.NonfiniteStep(7999, "step_7999", ("w",), ()),)
     few = {**few, "steps": (7980, 7999)}
-    text = " ".join(table(replace(simulation(), suggested_max_norm=few, nonfinite=broken)).split())
+    text = " ".join(table(replace(simulation(), suggested_max_norm=few, recent_steps=20, nonfinite=broken)).split())
     assert "use 3.16; 5 %: 5.70 (the largest seen); 1 %: 14.1 (the largest seen); 50 %: 0.310." in text
 
 

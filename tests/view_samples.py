@@ -149,7 +149,7 @@ def policy(label: str, threshold: float, turned: float = 0.0, error: float = 0.0
             results.Phase((0, 4799), 1.0, spread(21.29), spread(0.0235)),
             results.Phase((4800, 7999), 0.382, spread(0.4), Spread.constant(1.0)),
         ),
-        recent=results.RecentClipping((7000, 7999), 0.25, (0.17, 0.35), 96.0),
+        recent=results.RecentClipping((7000, 7999), 0.25, (0.17, 0.35), 96.0, 1000),
         layers=tuple(
             results.PolicyLayer(name, 0.5, 1 - share, turned * share, 1000.0 * share)
             for name, (_, share) in LAYERS.items()
@@ -180,5 +180,6 @@ def simulation(*policies: results.PolicyResult, sweep: bool = False) -> results.
         else (),
         suggested_max_norm={"steps": (7000, 7999), "0.50": 0.31, "0.10": 0.8052, "0.05": 2.34, "0.01": 5.05},
         suggested_max_norm_overall={"steps": (0, 7999), "0.50": 1.1, "0.10": 37.8, "0.05": 44.0, "0.01": 61.0},
+        recent_steps=1000,
     )
     return replace(result, findings=simulation_findings(result))

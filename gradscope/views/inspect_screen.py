@@ -6,6 +6,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from gradscope import results
 from gradscope.findings import step_word
@@ -56,10 +57,10 @@ def _opening(inspection: results.Inspection, choices: ViewChoices) -> str:
     parts.append(inspection.source.format)
     if inspection.gradients is not None:
         parts += [_counted(inspection.source.steps, step_word(inspection.source)[:-1])] * (inspection.source.steps > 0)
-        log = inspection.source.kind == "norm-log"
-        parts.append(_counted(len(inspection.gradients.tensors), "norm" if log else "gradient tensor"))
         numel = inspection.gradients.global_.numel
-        parts += [] if numel is None else [_counted(numel, "element")]
+        if numel is not None:
+            parts.append(_counted(len(inspection.gradients.tensors), "gradient tensor"))
+            parts.append(_counted(numel, "element"))
     elif inspection.weights is not None:
         parts.append(_counted(len(inspection.weights.tensors), "tensor"))
         parts.append(_counted(inspection.weights.global_.numel, "parameter"))
@@ -116,7 +117,9 @@ def _gradient_blocks(
 
 def _series_table(gradients: results.GradientSummary, choices: ViewChoices) -> Table:
     rows = ordered(gradient_rows(gradients, "tensor"), choices.sort)[: choices.top]
-    return norm_table(series_fields(rows), rows, None, _whole(gradients) if len(gradients.tensors) > 1 else None)
+    if len(gradients.tensors) == 1:
+        return norm_table(series_fields(rows), [replace(row, share=None) for row in rows], None, None)
+    return norm_table(series_fields(rows), rows, None, replace(_whole(gradients), name="together"))
 
 
 def _whole(gradients: results.GradientSummary) -> NormRow:

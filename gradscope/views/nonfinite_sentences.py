@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gradscope import results
+from gradscope.findings import step_name
 from gradscope.notation import count, names
 from gradscope.views.screen import Sentence
 
@@ -20,6 +21,6 @@ def nonfinite_sentences(steps: Sequence[results.NonfiniteStep]) -> Iterator[Sent
         return
     for step in steps[:MOST_STEPS]:
         before = f"; last finite before: {names(step.last_finite_before)}" if step.last_finite_before else ""
-        yield Sentence(f"Step {step.step} ({step.label}): NaN or Inf in {names(step.tensors)}{before}", tone="alarm")
+        yield Sentence(f"S{step_name(step)[1:]}: NaN or Inf in {names(step.tensors)}{before}", tone="alarm")
     if len(steps) > MOST_STEPS:
         yield Sentence(f"and {count(len(steps) - MOST_STEPS)} more steps with NaN or Inf", tone="alarm")

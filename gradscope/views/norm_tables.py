@@ -26,7 +26,7 @@ def norm_table(
     fields: Sequence[Field], rows: Iterable[NormRow], rest: NormRow | None, whole: NormRow | None, **texts: str
 ) -> Table:
     """``rows``, then ``rest`` in a quieter tone, then ``whole`` in a stronger one."""
-    lines = [Row(_cells(fields, row), row.share or 0.0) for row in rows]
+    lines = [Row(_cells(fields, row), row.share) for row in rows]
     if rest is not None:
         lines.append(Row(_cells(fields, rest), rest.share, "quiet"))
     if whole is not None:

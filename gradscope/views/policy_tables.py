@@ -63,8 +63,7 @@ def _table(fields: Sequence[Field], policies: Sequence[results.PolicyResult]) ->
 
 
 def _rate_fields(simulation: results.Simulation) -> list[Field]:
-    first, last = simulation.results[0].recent.steps
-    length = last - first + 1
+    length = simulation.recent_steps
     whole = length >= simulation.steps
     recent = Field(
         Column("clipped" if whole else f"last {count(length)}"), lambda policy: percent(policy.recent.clip_rate)

@@ -12,14 +12,13 @@ _NEVER = "–"
 
 def recorded_table(run: results.RecordedRun, gradients: results.GradientSummary | None) -> Table:
     """One row per clip group; with ``gradients``, which have the same groups, also how large each was."""
-    first, last = run.overall.recent.steps
     values = any(group.clip_value is not None for group in run.groups)
     columns = [
         Column("clip group", "left"),
         Column("max_norm"),
         *[Column("clip_value")] * values,
         Column("clipped"),
-        Column(f"last {count(last - first + 1)}", spare=2),
+        Column(f"last {count(run.overall.recent.length)}", spare=2),
         *[Column("median norm", spare=1), Column("share")] * (gradients is not None),
     ]
     rows = []

@@ -144,8 +144,7 @@ def _suggestions(simulation: results.Simulation) -> Iterator[str]:
 
 
 def _recent_is_all(simulation: results.Simulation) -> bool:
-    span = simulation.suggested_max_norm["steps"]
-    return not isinstance(span, tuple) or span[1] - span[0] + 1 >= simulation.steps
+    return simulation.recent_steps >= simulation.steps
 
 
 def _thresholds(simulation: results.Simulation, suggested: Suggested, start: str) -> Iterator[str]:
@@ -159,7 +158,8 @@ def _thresholds(simulation: results.Simulation, suggested: Suggested, start: str
     }
     if not isinstance(span, tuple) or not values or not all(map(math.isfinite, values.values())):
         return
-    finite = span[1] - span[0] + 1 - sum(span[0] <= step.step <= span[1] for step in simulation.nonfinite)
+    length = simulation.recent_steps if suggested is simulation.suggested_max_norm else simulation.steps
+    finite = length - sum(span[0] <= step.step <= span[1] for step in simulation.nonfinite)
     told = {
         percents: number(_rounded_up(value)) + ("" if finite * percents >= 100 else " (the largest seen)")
         for percents, value in values.items()

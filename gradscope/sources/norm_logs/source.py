@@ -35,6 +35,11 @@ class NormLogSource(GradientSource):
     norms: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
     counted: bool = False
 
+    @property
+    def step_numbers(self) -> IntArray:
+        """The steps as they were logged."""
+        return self.index
+
     def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
         """The steps at these positions; everything is in memory already."""
         for start in range(steps.start, steps.stop, steps.step * STRETCH):
