@@ -62,8 +62,8 @@ def _newest_trace(directory: Path) -> tuple[Path, str]:
         raise GradscopeError(
             "PATH",
             "is missing, and there is no default source here",
-            "name a file or directory, or set source in [tool.gradscope] of pyproject.toml; "
-            "a later version will record runs with `gradscope record -- python train.py`",
+            "record a run: gradscope record -- python train.py; or name a file or directory, or set source in "
+            "[tool.gradscope] of pyproject.toml",
         )
     changes: dict[Path, float] = {trace: _last_change(trace) for trace in traces}
     newest = max(traces, key=changes.__getitem__)

@@ -29,6 +29,7 @@ from gradscope.sources.step_files import (
     steps_of_paths,
     weights_of_directory,
 )
+from gradscope.sources.traces import open_trace, trace_directory
 
 As: TypeAlias = Literal["gradients", "weights"]
 IN_MEMORY = "memory"
@@ -120,6 +121,11 @@ def _open_path(path: Path, as_: str | None, weights: GradientSource | None) -> G
         if len(paths) > 1:
             return _open_steps(steps_of_paths(paths), str(path), as_, weights)
         path = paths[0]
+    trace = trace_directory(path)
+    if trace is not None:
+        if as_ == "weights":
+            raise GradscopeError(str(path), "is a recorded run, which holds no weights")
+        return open_trace(trace)
     if path.is_dir():
         return _open_directory(path, as_, weights)
     log = open_norm_log(path) if not path.name.endswith(INDEX_SUFFIX) else None

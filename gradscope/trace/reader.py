@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gradscope.errors import GradscopeError
 from gradscope.trace.metadata_json import metadata_from_json
 from gradscope.trace.rows import FloatArray, IntArray, Rows
 from gradscope.trace.schema import TraceMetadata, metadata_name, stream_name
@@ -50,9 +51,11 @@ class RankTrace:
             single = rows.single
             columns = (single["step"], single["group"], single["max_norm"], single["returned_norm"], _energies(rows))
             parts.append(columns)
-        starts = np.cumsum([0, *(len(part[0]) for part in parts)])
-        columns = tuple(np.concatenate(column) for column in zip(*parts, strict=True)) if parts else (np.empty(0),) * 5
-        step, group, max_norm, returned_norm, sum_squares = columns
+        step, group, max_norm, returned_norm, sum_squares = (
+            np.concatenate([np.empty(0), *(part[i] for part in parts)]) for i in range(5)
+        )
+        if (np.diff(step) < 0).any():
+            raise GradscopeError(str(stream.path), "is damaged: steps go backwards")
         return cls(
             metadata,
             stream,
@@ -61,7 +64,7 @@ class RankTrace:
             max_norm,
             returned_norm,
             sum_squares,
-            starts.astype(np.int64),
+            np.cumsum([0, *(len(part[0]) for part in parts)], dtype=np.int64),
         )
 
     def rows(self, start: int, stop: int) -> Rows:
@@ -93,4 +96,4 @@ def _energies(rows: Rows) -> FloatArray:
     column = rows.lists["sum_squares"]
     row = np.repeat(np.arange(len(rows)), column.lengths)
     values = np.nan_to_num(column.values[column.offsets[0] : column.offsets[-1]], nan=0.0, posinf=np.inf)
-    return np.bincount(row, values, minlength=len(rows))
+    return np.asarray(np.bincount(row, values, minlength=len(rows)), dtype=np.float64)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.trace.bins import edges
 from gradscope.trace.columns import element_type
 from gradscope.trace.measurement import Bins
 from gradscope.trace.schema import COLUMNS, NULLABLE
@@ -163,6 +164,10 @@ class Rows:
             values = self._part(name)
             if not ((values >= 0) & (values <= 1)).all():
                 raise ValueError(f"{name} lies outside [0, 1]")
+        for name in ("group", "tensor"):
+            edges(self._part(f"{name}_code"))
+            if not self._part(f"{name}_count").all():
+                raise ValueError(f"{name}_count is zero")
         if not (self._part("max_abs") < np.inf).all():
             raise ValueError("max_abs is not finite")
 
