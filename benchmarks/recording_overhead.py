@@ -38,21 +38,24 @@ LEARN_TIMESTEPS = 4096
 TRANSFORMER_STEPS = 10
 BATCH, LENGTH, VOCABULARY = 8, 128, 1000
 
+# What they add stands elsewhere than in clip and step.
+NORM_AND_ITEM, WANDB = PEERS = ("norm().item()", "wandb.watch(log_freq=1)")
+
 Mode = Callable[[torch.nn.Module], AbstractContextManager[None]]
 
 
 @dataclass
 class Timer:
-    """Seconds spent in ``clip_grad_norm_`` and ``optimizer.step``, hooks included, and how many steps there were."""
+    """CPU seconds of this thread in ``clip_grad_norm_`` and ``optimizer.step``, hooks included; how many steps."""
 
     seconds: float = 0.0
     updates: int = 0
 
     def around(self, function: Callable[..., Any], counts: bool) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = time.thread_time()
             result = function(*args, **options)
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.thread_time() - start
             self.updates += counts
             return result
 
@@ -61,21 +64,20 @@ class Timer:
 
 @dataclass
 class Block:
-    """Per update: wall ``seconds``, those in clip and step (``inside``), and CPU seconds of ``other_threads``."""
+    """Per update: wall ``seconds``, and CPU seconds: of the process, of this thread inside clip and step, of others."""
 
     seconds: float
+    cpu: float
     inside: float
     other_threads: float
 
 
 def timed_block(timer: Timer, train: Callable[[], None]) -> Block:
     timer.seconds, timer.updates = 0.0, 0
-    others = time.process_time() - time.thread_time()
-    start = time.perf_counter()
+    start, cpu, own = time.perf_counter(), time.process_time(), time.thread_time()
     train()
-    seconds = time.perf_counter() - start
-    others = time.process_time() - time.thread_time() - others
-    return Block(seconds / timer.updates, timer.seconds / timer.updates, others / timer.updates)
+    seconds, cpu, own = time.perf_counter() - start, time.process_time() - cpu, time.thread_time() - own
+    return Block(*(total / timer.updates for total in (seconds, cpu, timer.seconds, cpu - own)))
 
 
 @contextlib.contextmanager
@@ -138,10 +140,10 @@ def modes(folder: str, peers: bool) -> dict[str, Mode]:
         "nothing again": unrecorded,
     }
     if peers:
-        found["norm().item()"] = norm_and_item
+        found[NORM_AND_ITEM] = norm_and_item
         wandb = watched_by_wandb(folder)
         if wandb is not None:
-            found["wandb.watch(log_freq=1)"] = wandb
+            found[WANDB] = wandb
     return found
 
 
@@ -159,18 +161,21 @@ def alternate(modes: dict[str, Mode], rounds: int, run: Callable[[Mode], Block])
 def report(what: str, blocks: dict[str, list[Block]], limits: dict[str, float]) -> None:
     """A line per mode: the median of the paired ratios, in per cent over no recording."""
     base = blocks["nothing"]
+    step = median(own.seconds for own in base)
     for name, found in blocks.items():
         if name == "nothing":
             continue
-        shares = [100 * (b.seconds / own.seconds - 1) for b, own in zip(found, base, strict=True)]
-        hooks = [1e6 * (b.inside - own.inside) for b, own in zip(found, base, strict=True)]
-        threads = [1e6 * (b.other_threads - own.other_threads) for b, own in zip(found, base, strict=True)]
+        pairs = list(zip(found, base, strict=True))
+        shares = [100 * (one.seconds / own.seconds - 1) for one, own in pairs]
+        cpu = median(100 * (one.cpu / own.cpu - 1) for one, own in pairs)
+        hook = median(1e6 * (one.inside - own.inside) for one, own in pairs)
+        others = median(1e6 * (one.other_threads - own.other_threads) for one, own in pairs)
         low, _, high = quantiles(shares, n=4)
-        step, hook = median(own.seconds for own in base), median(hooks)
-        detail = (
-            f"quartiles {low:+.2f} to {high:+.2f} of {len(shares)} rounds; step {1e3 * step:.3f} ms; in clip and step "
-            f"{hook:+.1f} µs ({hook / step / 1e4:+.2f} %), other threads {median(threads):+.1f} µs"
-        )
+        detail = f"quartiles {low:+.2f} to {high:+.2f} of {len(shares)} rounds; of the CPU's time {cpu:+.2f} %"
+        if name not in PEERS:
+            detail += (
+                f"; in clip and step {hook:+.1f} µs, other threads {others:+.1f} µs, of {1e6 * step:.0f} µs a step"
+            )
         print(
             json.dumps(
                 {
