@@ -151,6 +151,11 @@ def test_the_environment_is_that_of_an_unrecorded_command() -> None:
     assert seen["PYTHONPATH"].endswith(f"{os.pathsep}{ROOT}")
 
 
+def test_a_command_may_be_as_long_as_the_system_allows() -> None:
+    files = [f"shard-{number:06d}.jsonl" for number in range(10_000)]
+    assert run("sh", "-c", "echo $#", "sh", *files).stdout == b"10000\n"
+
+
 LOOK = "import sys; print(sys.path, sys.argv, sorted(m for m in sys.modules if 'gradscope' in m or m == 'wrapt'))"
 
 

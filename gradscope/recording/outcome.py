@@ -46,7 +46,8 @@ def summary(trace: LaunchedTrace) -> str:
     updates = _several(metadata.steps if metadata.steps is not None else _steps_on_disk(trace.path), "update")
     groups = _several(len(metadata.groups), "clip group")
     size = sum(file.stat().st_size for file in trace.path.iterdir())
-    line = f"Recorded {updates}, {groups}, {_several(len(metadata.tensors), 'tensor')}: {_shown(trace.path)} ({_size(size)})"
+    tensors = _several(len(metadata.tensors), "tensor")
+    line = f"Recorded {updates}, {groups}, {tensors}: {_shown(trace.path)} ({_size(size)})"
     if metadata.ended is not None:
         return line
     return f"{line}; it is {'still being recorded' if _alive(metadata.pid) else 'cut off: the process was killed'}"

@@ -15,6 +15,8 @@ from gradscope.trace.schema import Detail
 VARIABLE = "GRADSCOPE_RECORD"
 # Notes that a process may leave, told apart by their names.
 TORCH_IMPORTED, NOT_INSTALLED, NOT_ATTACHED, STEPS_SEEN = "torch", "not-installed", "not-attached", "steps-seen"
+# One variable holds at most 128 KiB, and a character takes up to 12 bytes in JSON.
+_MOST_COMMAND_CHARACTERS = 8_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class RecordSettings:
 
     def to_environment(self) -> str:
         """The value of ``VARIABLE``."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "command": _abridged(self.command)})
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RecordSettings | None:
@@ -76,3 +78,14 @@ class RecordSettings:
             return Path(self.notes, name).read_text(encoding="utf-8")
         except OSError:
             return None
+
+
+def _abridged(command: tuple[str, ...]) -> list[str]:
+    """The first words of a command that names thousands of files, and how many more there are."""
+    length, kept = 0, []
+    for word in command:
+        length += len(word)
+        if length > _MOST_COMMAND_CHARACTERS:
+            return [*kept, f"... {len(command) - len(kept)} more"]
+        kept.append(word)
+    return kept
