@@ -1,0 +1,49 @@
+"""A clip call, between the moment it is made and the optimizer step that uses its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradscope.recording.clip_groups import WatchedGroup, Witness
+from gradscope.recording.optimizers import OptimizerWatch
+
+
+@dataclass(eq=False, slots=True)
+class ClipCall:
+    """One clip call (or, with no ``function``, what an optimizer updates unclipped), until its optimizer has stepped.
+
+    ``parts`` pairs each group with its measurement, None where the step is not recorded; several where calls shared
+    one combined norm.  ``witness`` tells whether anything has changed the gradient since.
+    """
+
+    function: str | None
+    where: str
+    parts: list[tuple[WatchedGroup, Any]]
+    time: float = 0.0
+    max_norm: float | None = None
+    clip_value: float | None = None
+    norm_type: float | None = None
+    total_norm: Any = None
+    returned: Any = None
+    grad_scale: float = 1.0
+    witness: Witness | None = None
+    consumers: list[OptimizerWatch] = field(default_factory=list)
+    weight_norms: list[Any] = field(default_factory=list)
+
+    def covers(self, watch: OptimizerWatch) -> bool:
+        """Whether ``watch`` updates parameters of this call, and has not done so yet."""
+        return watch not in self.consumers and any(not watch.ids.isdisjoint(group.members) for group, _ in self.parts)
+
+    def combine(self, max_norm: float | None, clip_value: Any) -> None:
+        """A second clip of the same gradient: by value after by norm, or the other way round; what it met stands."""
+        if self.max_norm is None:
+            self.max_norm = max_norm
+        if self.clip_value is None and clip_value is not None:
+            self.clip_value = float(clip_value)
+
+    def shares_norm(self, other: ClipCall) -> bool:
+        """Whether both calls were given one total norm: the same object, or an equal number where that is known."""
+        if self.total_norm is other.total_norm:
+            return True
+        return isinstance(self.returned, float) and self.returned == other.returned

@@ -1,0 +1,154 @@
+"""Which clip call is which: a group of parameters, told by the line that clips them and by the parameters themselves.
+
+The line alone is not enough (a trainer clips every group on one line, a loop over groups is one line too), nor are the
+parameters (code that passes only those with a gradient passes another list every time): calls from one line whose
+parameters overlap by half are one group, and it gains the new ones.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gradscope.recording.meter import Meter
+    from gradscope.recording.optimizers import OptimizerWatch
+    from gradscope.recording.updates import UpdateNorms
+
+
+@dataclass(eq=False, slots=True)
+class WatchedGroup:
+    """The parameters of one clip call, weakly held.
+
+    ``kept`` are the positions of those that are recorded (None: all), ``names`` and ``tensors`` their names and numbers
+    in the trace's metadata.  ``smallest`` is the position of the smallest parameter, whose gradient tells cheaply
+    whether anything changed.  ``owned``: some optimizer that was alive at first sight updates them.
+    """
+
+    function: str | None
+    call_site: str | None
+    names: list[str]
+    tensors: list[int]
+    owned: bool
+    kept: list[int] | None = None
+    meter: Meter | None = None
+    refs: list[weakref.ref[Tensor]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    smallest: int = 0
+    members: frozenset[int] = frozenset()
+    watch: OptimizerWatch | None = None
+    after_clipping: str | None = None
+    returned_partial: bool = False
+    positions: dict[int, int] = field(default_factory=dict)
+    updates: UpdateNorms | None = None
+
+    def holds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the parameters at these addresses are still the same objects."""
+        return self.refs[0]() is parameters[0] and self.refs[-1]() is parameters[-1]
+
+    def gradients(self, parameters: Sequence[Tensor], whole: bool) -> list[Tensor | None]:
+        """The gradients of ``parameters`` that are recorded, in the order of the group.
+
+        ``whole``: they are all of its parameters in its order, and not some in any order.
+        """
+        if whole:
+            found = [parameter.grad for parameter in parameters]
+        else:
+            found = [None] * len(self.ids)
+            for parameter in parameters:
+                found[self.positions[id(parameter)]] = parameter.grad
+        return found if self.kept is None else [found[position] for position in self.kept]
+
+    def remember(self, parameters: Sequence[Tensor]) -> None:
+        """Hold ``parameters`` weakly, after those held already."""
+        for parameter in parameters:
+            self.positions[id(parameter)] = len(self.ids)
+            self.ids.append(id(parameter))
+            self.refs.append(weakref.ref(parameter))
+        self.members = frozenset(self.ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Witness:
+    """One gradient of a group, and its version: as long as neither has changed, nor has the group's gradient."""
+
+    parameter: int
+    gradient: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor | None) -> Witness | None:
+        """A witness for ``parameter`` as it stands; None where it has no gradient."""
+        gradient = None if parameter is None else parameter.grad
+        return None if gradient is None else cls(id(parameter), gradient, gradient._version)
+
+    def confirms(self, group: WatchedGroup) -> bool:
+        """Whether ``group`` holds the parameter, and its gradient is the same as then."""
+        position = group.positions.get(self.parameter)
+        if position is None:
+            return False
+        parameter = group.refs[position]()
+        return parameter is not None and parameter.grad is self.gradient and self.gradient._version == self.version
+
+
+# How the book gets a new group: (parameters, frame, function, call site) -> its description.
+NewGroup = Callable[[list[Tensor], "FrameType | None", "str | None", "str | None"], WatchedGroup]
+
+
+class GroupBook:
+    """Finds the group of a clip call in about a microsecond; ``new`` makes one where it is met first."""
+
+    def __init__(self, new: NewGroup, grow: Callable[[WatchedGroup, list[Tensor], FrameType | None], None]) -> None:
+        self._new = new
+        self._grow = grow
+        self._at: dict[Any, list[WatchedGroup]] = {}
+
+    def find(
+        self, parameters: list[Tensor], frame: FrameType | None, function: str | None, site: Any = None
+    ) -> tuple[WatchedGroup, bool]:
+        """The group of ``parameters``, and whether they are all of its parameters, in its order.
+
+        ``site`` stands for the line where nothing clips: the optimizer.
+        """
+        key = site if site is not None else (frame.f_code, frame.f_lasti) if frame is not None else None
+        here = self._at.setdefault(key, [])
+        ids = list(map(id, parameters))
+        for group in here:
+            if group.ids == ids and group.holds(parameters):
+                return group, True
+        members = frozenset(ids)
+        for group in here:
+            alive = {i for i, ref in zip(group.ids, group.refs, strict=True) if ref() is not None}
+            if 2 * len(alive & members) >= min(len(alive), len(members)) > 0:
+                unknown = [p for p in parameters if id(p) not in alive]
+                if unknown:
+                    self._grow(group, unknown, frame)
+                return group, group.ids == ids
+        group = self._new(parameters, frame, function, call_site(frame))
+        here.append(group)
+        return group, True
+
+
+def call_site(frame: FrameType | None) -> str | None:
+    """``file.py:line``, as a reader looks it up."""
+    if frame is None:
+        return None
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def common_prefix(names: Sequence[str]) -> str | None:
+    """The dotted parts that all ``names`` begin with, or the one name there is; None where they share none."""
+    if len(names) == 1:
+        return names[0]
+    shared: list[str] = []
+    for parts in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared) or None

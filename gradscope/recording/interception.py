@@ -1,0 +1,228 @@
+"""Standing between a training loop and torch's own clipping and stepping, without the loop noticing.
+
+``torch.nn.utils.clip_grad_norm_`` and its kin are closures around their implementation.  The implementation inside is
+exchanged, not the name, so that whoever bound the function before (``from torch.nn.utils import clip_grad_norm_``) is
+seen as well, and the function stays the same object: it pickles, and ``torch.compile`` traces it.  Where torch.compile
+compiles a clip call or an optimizer step, the code runs as torch wrote it and nothing is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gradscope.recording.watcher import Watcher
+
+# Frames of these modules stand between a clip call and the line of the training code that made it.
+_PASSED_OVER = frozenset({"torch.nn.utils.clip_grad", "torch.utils._contextlib", "gradscope.recording.interception"})
+
+
+class Interception:
+    """Feeds a ``Watcher``; ``install`` and ``remove`` may each be called once."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Attach to torch."""
+        clip = torch.nn.utils.clip_grad
+        for name, wrap in (
+            ("clip_grad_norm_", self._clip_grad_norm),
+            ("clip_grad_value_", self._clip_grad_value),
+            ("_clip_grads_with_norm_", self._clip_grads_with_norm),
+        ):
+            function = getattr(clip, name, None)
+            if function is not None:
+                self._exchange(clip, name, function, wrap)
+        self._undo.append(register_optimizer_step_pre_hook(self._before_step).remove)
+        self._undo.append(register_optimizer_step_post_hook(self._after_step).remove)
+        scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
+        self._replace_method(scaler, "step", self._scaler_step)
+        self._replace_method(scaler, "unscale_", self._scaler_unscale)
+        fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+        if fsdp is not None:
+            self._intercept_fsdp(fsdp)
+        else:
+            from wrapt.importer import register_post_import_hook
+
+            register_post_import_hook(self._intercept_fsdp, "torch.distributed.fsdp.fully_sharded_data_parallel")
+
+    def remove(self) -> None:
+        """Detach: torch is as it was before ``install``."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _exchange(self, module: Any, name: str, function: Any, wrap: Callable[[Any], Any]) -> None:
+        cell = _implementation_cell(function)
+        if cell is not None:
+            original = cell.cell_contents
+            cell.cell_contents = wrap(original)
+            self._undo.append(functools.partial(_restore_cell, cell, original))
+            return
+        # A torch whose function is no closure: every module that bound its name is told of the replacement.
+        replacement = wrap(function)
+        for bound in list(sys.modules.values()):
+            for bound_name, value in list(getattr(bound, "__dict__", {}).items()):
+                if value is function:
+                    setattr(bound, bound_name, replacement)
+                    self._undo.append(functools.partial(setattr, bound, bound_name, function))
+
+    def _replace_method(self, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, wrap(original))
+        self._undo.append(functools.partial(setattr, owner, name, original))
+
+    def _clip_grad_norm(self, original: Any) -> Any:
+        watcher = self._watcher
+
+        @functools.wraps(original)
+        def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0, *rest: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling() or not watcher.watching():
+                return original(parameters, max_norm, norm_type, *rest, **options)
+            listed = _as_list(parameters)
+            call = watcher.before_clip("clip_grad_norm_", listed, _caller(), max_norm, norm_type)
+            # An empty generator stays one: torch warns of it.
+            handed = listed if listed or isinstance(parameters, list) else parameters
+            with watcher.nested():
+                total_norm = original(handed, max_norm, norm_type, *rest, **options)
+            watcher.after_clip(call, total_norm)
+            return total_norm
+
+        return clip_grad_norm_
+
+    def _clip_grads_with_norm(self, original: Any) -> Any:
+        watcher = self._watcher
+
+        @functools.wraps(original)
+        def clip_grads_with_norm_(parameters: Any, max_norm: Any, total_norm: Any, *rest: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling() or not watcher.watching():
+                return original(parameters, max_norm, total_norm, *rest, **options)
+            listed = _as_list(parameters)
+            call = watcher.before_clip("clip_grads_with_norm_", listed, _caller(), max_norm, 2.0, total_norm)
+            with watcher.nested():
+                original(listed, max_norm, total_norm, *rest, **options)
+            watcher.after_clip(call, total_norm)
+
+        return clip_grads_with_norm_
+
+    def _clip_grad_value(self, original: Any) -> Any:
+        watcher = self._watcher
+
+        @functools.wraps(original)
+        def clip_grad_value_(parameters: Any, clip_value: Any, *rest: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling() or not watcher.watching():
+                return original(parameters, clip_value, *rest, **options)
+            listed = _as_list(parameters)
+            call = watcher.before_clip("clip_grad_value_", listed, _caller(), clip_value=clip_value)
+            with watcher.nested():
+                original(listed, clip_value, *rest, **options)
+            watcher.after_clip(call, None)
+
+        return clip_grad_value_
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._watcher.stepping():
+            return None
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
+        frame = _stepping_frame()
+        if closure is None:
+            self._watcher.before_step(optimizer, frame)
+            return None
+        # The gradient exists inside the closure only; the first evaluation is the one at the point stepped from.
+        seen = self._watcher.closure(optimizer, closure, frame)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": seen}
+        return (args[0], seen, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and self._watcher.stepping():
+            self._watcher.after_step(optimizer)
+            if self._watcher.fault is not None:
+                raise FloatingPointError(self._watcher.fault)
+
+    def _scaler_step(self, original: Any) -> Any:
+        watcher = self._watcher
+
+        @functools.wraps(original)
+        def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not watcher.stepping() or not scaler.is_enabled():
+                return original(scaler, optimizer, *args, **kwargs)
+            with watcher.scaling(optimizer, sys._getframe(1)):
+                return original(scaler, optimizer, *args, **kwargs)
+
+        return step
+
+    def _scaler_unscale(self, original: Any) -> Any:
+        watcher = self._watcher
+
+        @functools.wraps(original)
+        def unscale_(scaler: Any, optimizer: Any) -> Any:
+            if watcher.stepping() and scaler.is_enabled():
+                watcher.before_unscale(optimizer, scaler)
+            return original(scaler, optimizer)
+
+        return unscale_
+
+    def _intercept_fsdp(self, module: Any) -> None:
+        watcher = self._watcher
+
+        def wrap(original: Any) -> Any:
+            @functools.wraps(original)
+            def clip_grad_norm_(fsdp: Any, max_norm: Any, norm_type: Any = 2.0) -> Any:
+                # With nothing sharded it is torch.nn.utils.clip_grad_norm_ that clips, and is seen.
+                if not watcher.watching() or not any(handle.uses_sharded_strategy for handle in fsdp._all_handles):
+                    return original(fsdp, max_norm, norm_type)
+                parameters = [p for p in fsdp.parameters() if p.requires_grad]
+                call = watcher.before_clip("FSDP.clip_grad_norm_", parameters, _caller(), max_norm, norm_type)
+                with watcher.nested():
+                    total_norm = original(fsdp, max_norm, norm_type)
+                watcher.after_clip(call, total_norm)
+                return total_norm
+
+            return clip_grad_norm_
+
+        self._replace_method(module.FullyShardedDataParallel, "clip_grad_norm_", wrap)
+
+
+def _implementation_cell(function: Any) -> Any:
+    """The closure cell that holds what ``function`` wraps; None where it wraps nothing."""
+    if not isinstance(function, FunctionType) or not function.__closure__:
+        return None
+    cells = [cell for cell in function.__closure__ if callable(cell.cell_contents)]
+    return cells[0] if len(cells) == 1 else None
+
+
+def _restore_cell(cell: Any, original: Any) -> None:
+    cell.cell_contents = original
+
+
+def _as_list(parameters: Any) -> list[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, list):
+        return parameters
+    return list(parameters) if isinstance(parameters, Iterable) else []
+
+
+def _caller() -> FrameType | None:
+    """The line of the training code that called the clip function."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _PASSED_OVER:
+        frame = frame.f_back
+    return frame
+
+
+def _stepping_frame() -> FrameType | None:
+    """The line of the training code that called ``optimizer.step``."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch.optim"):
+        frame = frame.f_back
+    return frame

@@ -1,0 +1,229 @@
+"""Gradients of a clip group, as torch holds them -> a ``Measurement``, without changing or copying them.
+
+Dense tensors in memory are measured where they lie.  Of a sparse gradient the values are (what is missing counts as
+zeros), of a DTensor this rank's part.  Tensors on an accelerator go to ``device_meter``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradscope._meter import GradientTally, UpdateTally
+from gradscope.trace.measurement import Bins, Measurement
+
+if TYPE_CHECKING:
+    from gradscope.recording.device_meter import DeviceMeter, Pending
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "float8_e4m3fn",
+    torch.float8_e5m2: "float8_e5m2",
+}
+
+
+class GroupMeter:
+    """Measures tensors of these sizes and dtypes (names as in ``spectrum.FLOAT_DTYPES``) where they lie in memory.
+
+    Not to be shared between threads; above a million elements it uses a second one itself.
+    """
+
+    def __init__(self, numels: Sequence[int], dtypes: Sequence[str]) -> None:
+        self._tensors = len(numels)
+        self._tally = GradientTally(numels, dtypes)
+
+    def measure(self, pointers: list[int], spectra: int) -> Measurement:
+        """The tensors at these addresses, 0 where there is no gradient; ``spectra`` is 0: none, 1: group, 2: tensors too.
+
+        The arrays are read-only and the caller's own.
+        """
+        n = self._tensors
+        data, of_group, of_tensors = self._tally.measure(pointers, spectra)
+        measured = Measurement(
+            np.frombuffer(data, np.float64, n, 0),
+            np.frombuffer(data, np.float64, n, 8 * n),
+            np.frombuffer(data, np.int64, n, 16 * n),
+            np.frombuffer(data, np.int64, n, 24 * n),
+            np.frombuffer(data, np.int64, n, 32 * n),
+        )
+        if spectra:
+            at, codes = 40 * n, 40 * n + 12 * (of_group + of_tensors)
+            if spectra == 2:
+                measured.tensor_bin_counts = np.frombuffer(data, np.int32, n, codes)
+                codes += 4 * n
+                first = at + 12 * of_group
+                measured.tensor_bins = _bins(data, first, codes + 2 * of_group, of_tensors)
+            measured.group_bins = _bins(data, at, codes, of_group)
+        return measured
+
+
+def _bins(data: bytes, at: int, codes: int, n: int) -> Bins:
+    return Bins(
+        np.frombuffer(data, np.uint16, n, codes),
+        np.frombuffer(data, np.uint32, n, at),
+        np.frombuffer(data, np.float32, n, at + 4 * n),
+        np.frombuffer(data, np.float32, n, at + 8 * n),
+    )
+
+
+class UpdateMeter:
+    """The norms of weights, and of what an optimizer step changes in them.
+
+    At most ``limit`` bytes of weights are copied at a time; of more, every call takes the next tensors in turn, and one
+    that is larger by itself is never copied.
+    """
+
+    def __init__(self, numels: Sequence[int], dtypes: Sequence[str], limit: int = 256 << 20) -> None:
+        self._tally = UpdateTally(numels, dtypes, limit)
+
+    def before(self, pointers: list[int]) -> NDArray[np.float64]:
+        """‖θ‖ (float64 [tensors]) of the tensors at these addresses, NaN where that is 0; copies those in turn."""
+        return np.frombuffer(self._tally.before(pointers), np.float64)
+
+    def after(self, pointers: list[int]) -> NDArray[np.float64]:
+        """‖θ' − θ‖ (float64 [tensors]) since ``before``; NaN for a tensor that was left out."""
+        return np.frombuffer(self._tally.after(pointers), np.float64)
+
+
+class Meter:
+    """Measures the gradients of one clip group, step after step.
+
+    ``unmeasured`` says of which tensors (positions) the gradient cannot be measured, and why; they are recorded as
+    having none.
+    """
+
+    def __init__(self, tensors: Sequence[object]) -> None:
+        """``tensors`` are the group's parameters, or anything else with one entry for each."""
+        n = len(tensors)
+        self.unmeasured: dict[int, str] = {}
+        self._dtypes: list[torch.dtype] = [torch.float32] * n
+        self._numels = [0] * n
+        self._group: GroupMeter | None = None
+        self._device: DeviceMeter | None = None
+
+    def measure(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending:
+        """The gradients, one per tensor of the group; ``spectra`` is 0: none, 1: of the group, 2: of its tensors too.
+
+        Gradients on an accelerator give a ``Pending``, whose ``result()`` is the Measurement once it is ``ready()``.
+        """
+        pointers: list[int] = []
+        dtypes, numels, strided = self._dtypes, self._numels, torch.strided
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                pointers.append(0)
+            elif (
+                type(gradient) is Tensor
+                and gradient.dtype is dtypes[i]
+                and gradient.is_cpu
+                and gradient.layout is strided
+                and gradient.is_contiguous()
+                and gradient.numel() == numels[i]
+            ):
+                pointers.append(gradient.data_ptr())
+            else:
+                return self._measure_others(gradients, spectra)
+        if self._group is None:
+            return self._measure_others(gradients, spectra)
+        return self._group.measure(pointers, spectra)
+
+    @torch.no_grad()
+    def _measure_others(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending:
+        """Of gradients that do not all lie in memory as they did the last time."""
+        held = [None if gradient is None else self._elements(i, gradient) for i, gradient in enumerate(gradients)]
+        zeros = np.array(
+            [0 if h is None or g is None else _numel(g) - h.numel() for g, h in zip(gradients, held, strict=True)]
+        )
+        if any(elements is not None and not elements.is_cpu for elements in held):
+            from gradscope.recording.device_meter import DeviceMeter
+
+            if self._device is None:
+                self._device = DeviceMeter()
+            return self._device.measure(held, spectra, zeros)
+        for i, elements in enumerate(held):
+            if elements is not None and (elements.dtype is not self._dtypes[i] or elements.numel() != self._numels[i]):
+                self._dtypes[i], self._numels[i] = elements.dtype, elements.numel()
+                self._group = None
+        if self._group is None:
+            self._group = GroupMeter(self._numels, [DTYPES[dtype] for dtype in self._dtypes])
+        measured = self._group.measure([0 if e is None else e.data_ptr() for e in held], spectra)
+        if zeros.any():
+            measured.zeros = measured.zeros + zeros
+        return measured
+
+    def _elements(self, i: int, gradient: Tensor) -> Tensor | None:
+        """What is to be measured of a gradient, gap-free in memory; None where it cannot be."""
+        try:
+            elements = plain_elements(gradient)
+        except UnreadableGradientError as unreadable:
+            self.unmeasured[i] = str(unreadable)
+            return None
+        return elements
+
+
+class UnreadableGradientError(ValueError):
+    """A gradient whose elements cannot be measured; says why."""
+
+
+def plain_elements(tensor: Tensor) -> Tensor:
+    """The stored elements of a tensor of any kind, dense, gap-free and of a dtype in ``DTYPES``, in any order.
+
+    Those of a sparse tensor are its values, those of a DTensor this rank's.  Raises UnreadableGradientError where there are
+    none.
+    """
+    tensor = _local(tensor)
+    if tensor.layout is torch.sparse_coo:
+        tensor = (tensor if tensor.is_coalesced() else tensor.coalesce())._values()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        tensor = tensor.values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_meta:
+        raise UnreadableGradientError("it is on the meta device and holds no elements")
+    if tensor.is_complex():
+        raise UnreadableGradientError(f"it is {str(tensor.dtype).removeprefix('torch.')}, and complex numbers are not measured")
+    if tensor.dtype not in DTYPES:
+        tensor = tensor.to(torch.float32)
+    if not _is_gap_free(tensor):
+        tensor = tensor.contiguous()
+    return tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank, as a plain tensor."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
+    if hasattr(tensor, "trigger_wait"):
+        # A collective that is still under way.
+        tensor = tensor.trigger_wait()
+    if type(tensor) is not Tensor:
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+        if is_traceable_wrapper_subclass(tensor):
+            raise UnreadableGradientError(f"it is a {type(tensor).__name__}, whose elements lie in other tensors")
+        tensor = tensor.as_subclass(Tensor)
+    return tensor.detach()
+
+
+def _numel(tensor: Tensor) -> int:
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local.numel()
+
+
+def _is_gap_free(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory, each once, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,0 +1,92 @@
+"""What is remembered of each optimizer while it trains."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from gradscope.recording.clip_groups import WatchedGroup, Witness
+
+# They clip inside their own optimizers, before torch's optimizer is called with the result.
+CLIPPING_FRAMEWORKS = {"deepspeed": "DeepSpeed", "megatron": "Megatron"}
+FRAMES_SEARCHED = 8
+
+
+@dataclass(eq=False, slots=True)
+class OptimizerWatch:
+    """One optimizer.  ``round`` is the step in which it last stepped, ``captured`` whether its gradient is taken.
+
+    ``never`` are the parameters that never had a gradient so far, by position, and ``unused`` their names after the
+    first step.
+    """
+
+    ref: weakref.ref[torch.optim.Optimizer]
+    name: str
+    after_clipping: str | None
+    parameters: list[Tensor] = field(default_factory=list)
+    ids: frozenset[int] = frozenset()
+    never: list[int] = field(default_factory=list)
+    unused: dict[int, str] = field(default_factory=dict)
+    round: int = -1
+    finished: int = 0
+    captured: bool = False
+    frame: FrameType | None = None
+    used: list[Witness] = field(default_factory=list)
+    rest_of: dict[tuple[frozenset[int], ...], list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch:
+        """Begin to watch ``optimizer``, stepped from ``frame``."""
+        watch = cls(weakref.ref(optimizer), type(optimizer).__name__, _clipped_before(frame))
+        # The parameters live as long as their optimizer, and no longer for being watched.
+        weakref.finalize(optimizer, watch.release).atexit = False
+        return watch
+
+    def release(self) -> None:
+        """Let go of everything that belongs to the training."""
+        self.parameters.clear()
+        self.rest_of.clear()
+        self.used.clear()
+        self.frame = None
+
+    def refresh(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notice parameters that were added or exchanged since the last step."""
+        groups = optimizer.param_groups
+        held = self.parameters
+        same_number = sum([len(group["params"]) for group in groups]) == len(held)
+        if same_number and held and groups[0]["params"] and groups[0]["params"][0] is held[0]:
+            return
+        known = self.ids - {id(held[i]) for i in self.never}
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.ids = frozenset(map(id, self.parameters))
+        self.never = [i for i, parameter in enumerate(self.parameters) if id(parameter) not in known]
+        self.rest_of.clear()
+
+    def rest(self, groups: tuple[WatchedGroup, ...]) -> list[Tensor]:
+        """The parameters that none of ``groups`` covers."""
+        members = tuple(group.members for group in groups)
+        found = self.rest_of.get(members)
+        if found is None:
+            covered = frozenset().union(*members)
+            found = self.rest_of[members] = [p for p in self.parameters if id(p) not in covered]
+        return found
+
+    def note_gradients(self) -> None:
+        """Strike out the parameters that have a gradient now."""
+        if self.never:
+            self.never = [i for i in self.never if self.parameters[i].grad is None]
+
+
+def _clipped_before(frame: FrameType | None) -> str | None:
+    for _ in range(FRAMES_SEARCHED):
+        if frame is None:
+            return None
+        framework = CLIPPING_FRAMEWORKS.get(frame.f_globals.get("__name__", "").partition(".")[0])
+        if framework is not None:
+            return framework
+        frame = frame.f_back
+    return None

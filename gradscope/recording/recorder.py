@@ -1,0 +1,358 @@
+"""``Recorder``: records the gradients of everything that trains in this process while it is active."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradscope.errors import GradscopeError
+from gradscope.recording.clip_calls import ClipCall
+from gradscope.recording.clip_groups import GroupBook, WatchedGroup, common_prefix
+from gradscope.recording.frameworks import framework_of, versions
+from gradscope.recording.interception import Interception
+from gradscope.recording.lint import ClipLint
+from gradscope.recording.meter import Meter
+from gradscope.recording.naming import ParameterNames, have_an_optimizer
+from gradscope.recording.optimizers import OptimizerWatch
+from gradscope.recording.placement import describe, returned_is_partial
+from gradscope.recording.ranks import rank_and_world
+from gradscope.recording.rows import RowQueue
+from gradscope.recording.sampling import Sampling
+from gradscope.recording.trace_files import open_trace
+from gradscope.recording.updates import UpdateNorms
+from gradscope.recording.watcher import Watcher
+from gradscope.trace.measurement import Measurement, Row
+from gradscope.trace.schema import Detail, LintFinding, RecordedGroup, TraceMetadata
+
+if TYPE_CHECKING:
+    from gradscope.recording.settings import RecordSettings
+    from gradscope.trace.writer import TraceWriter
+
+
+class Recorder:
+    """Records every optimizer step made while it is active, in all threads of this process::
+
+        with gradscope.Recorder("run.gradscope"):
+            train()
+
+    Clip calls (``clip_grad_norm_``, ``clip_grad_value_``, ``clip_grads_with_norm_``, FSDP's own) and optimizer steps of
+    torch are seen, whatever name they were imported by; a clip or step inside ``torch.compile``'d code is not.  The
+    trace is made when the first step is recorded.  Each of several ranks writes its own stream into the same directory;
+    a second run in the same place takes ``NAME-2.gradscope``.
+
+    Whatever goes wrong with recording ends the recording with one line on stderr, never the training.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        every: int = 1,
+        start: int = 0,
+        max_steps: int | None = None,
+        include: Sequence[str] | None = None,
+        detail: Detail = "default",
+        stop_on: str | None = None,
+        force: bool = False,
+        command: Sequence[str] | None = None,
+        quiet: bool = False,
+        launched: RecordSettings | None = None,
+    ) -> None:
+        """Record to the directory ``path`` (``.gradscope`` is added where it is missing).
+
+        Every ``every``-th step from ``start`` on is recorded, at most ``max_steps`` of them; ``include`` are globs of
+        tensor names.  ``detail`` is ``"default"`` (norms and group spectra at every step, tensor spectra at every
+        10th), ``"full"`` (all at every step) or ``"norms"``.  ``stop_on="nonfinite"`` raises FloatingPointError out of
+        the first optimizer step that used NaN or Inf.  ``force`` replaces a trace of that name once a step is recorded.
+        ``launched`` is what ``gradscope record`` passes on.
+
+        Raises GradscopeError for unusable options, and where ``path`` exists and ``force`` is not given.
+        """
+        path = Path(path)
+        self.path = path if path.suffix == ".gradscope" else path.with_name(f"{path.name}.gradscope")
+        if every < 1 or start < 0 or (max_steps is not None and max_steps < 1):
+            raise GradscopeError("Recorder", "every and max_steps must be at least 1, start at least 0")
+        if detail not in ("default", "full", "norms"):
+            raise GradscopeError(f"detail={detail!r}", "must be 'default', 'full' or 'norms'")
+        if stop_on not in (None, "nonfinite"):
+            raise GradscopeError(f"stop_on={stop_on!r}", "must be 'nonfinite' or None")
+        if launched is None and not force and os.path.lexists(self.path):
+            raise GradscopeError(str(self.path), "exists already", "force=True replaces it")
+        self._force = force
+        self._max_steps = max_steps
+        self._include = tuple(include) if include else None
+        self._stop_on = stop_on
+        self._quiet = quiet or launched is not None
+        self._launched = launched
+        self._sampling = Sampling(every, start, detail)
+        self._command = list(command) if command is not None else sys.orig_argv
+        self._interception: Interception | None = None
+        self._pid = os.getpid()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._metadata = TraceMetadata(
+            run=self._launched.launch if self._launched else uuid.uuid4().hex,
+            command=list(self._command),
+            started=time.time(),
+            every=self._sampling.every,
+            start=self._sampling.start,
+            detail=self._sampling.detail,
+        )
+        self._names = ParameterNames()
+        self._writer: TraceWriter | None = None
+        self._groups: dict[tuple[WatchedGroup, ...], int] = {}
+        self._rows = RowQueue(self._write)
+        self._recorded = 0
+        self._last_step = -1
+        self._lint = ClipLint(self._metadata.findings, self._changed)
+        book = GroupBook(self._describe, self._extend)
+        self._watcher = Watcher(self, book, self._lint, self._sampling)
+
+    @property
+    def findings(self) -> tuple[LintFinding, ...]:
+        """What is wrong with the clipping, as far as it has been seen."""
+        return tuple(self._metadata.findings)
+
+    @property
+    def steps(self) -> int:
+        """Steps recorded so far."""
+        return self._recorded
+
+    def start(self) -> None:
+        """Attach to torch; once."""
+        if self._interception is not None:
+            raise GradscopeError("Recorder", "was started already")
+        self._attach()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _attach(self) -> None:
+        self._interception = Interception(self._watcher)
+        self._interception.install()
+
+    def _forked(self) -> None:
+        """A forked child that trains makes a trace of its own; the parent's rows are the parent's."""
+        if self._interception is None or self._pid == os.getpid():
+            return
+        self._interception.remove()
+        self._pid = os.getpid()
+        self._begin()
+        self._attach()
+
+    def stop(self) -> None:
+        """Detach, write what is pending and say what was found; more than once does no harm."""
+        if self._interception is None or self._pid != os.getpid():
+            return
+        self._interception.remove()
+        self._interception = None
+        self._watcher.finish()
+        self._rows.finish()
+        for watch in self._watcher.optimizers():
+            self._note_unused(watch)
+        self._close()
+        if not self._quiet:
+            for finding in self._metadata.findings:
+                print(f"gradscope: {finding.message}", file=sys.stderr)
+
+    def __enter__(self) -> Recorder:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def emit(self, step: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
+        """Take one row from the watcher (see ``watcher.Sink``)."""
+        if self._max_steps is not None and step != self._last_step and self._recorded >= self._max_steps:
+            self._watcher.stop()
+            return
+        if step != self._last_step:
+            self._recorded += 1
+            self._last_step = step
+        self._rows.put(step, self._group_of(call), call, stepped, update_norms)
+
+    def failed(self, error: BaseException) -> None:
+        """Recording cannot go on (see ``watcher.Sink``)."""
+        if os.environ.get("GRADSCOPE_DEBUG"):
+            raise error
+        self._say(f"recording stopped: {type(error).__name__}: {error}")
+        self._close()
+
+    def _write(self, row: Row, call: ClipCall) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        self._look_at(row, call)
+        self._writer.append(row)
+        if self._writer.error is not None:
+            self._watcher.stop()
+            self._say(f"recording stopped after {self._recorded} steps: {self._writer.error}")
+            self._close()
+
+    def _open(self) -> TraceWriter:
+        metadata = self._metadata
+        metadata.rank, metadata.world_size = rank_and_world()
+        metadata.pid = os.getpid()
+        metadata.versions = versions()
+        if self._launched is not None:
+            metadata.extra["launch"] = self._launched.launch
+        self.path, writer = open_trace(self.path, metadata, self._force)
+        return writer
+
+    def _close(self) -> None:
+        if self._writer is not None and self._metadata.ended is None:
+            self._metadata.ended = time.time()
+            self._metadata.steps = self._recorded
+            self._writer.close()
+
+    def _say(self, what: str) -> None:
+        print(f"gradscope: {what}", file=sys.stderr, flush=True)
+
+    def _changed(self) -> None:
+        if self._writer is not None:
+            self._writer.metadata_changed()
+
+    def _look_at(self, row: Row, call: ClipCall) -> None:
+        """What a row shows that the clip call alone did not."""
+        measured = row.measurement
+        group = self._metadata.groups[row.group]
+        returned = row.returned_norm
+        if returned is not None and row.norm_type == 2.0 and row.stepped is not False and self._include is None:
+            if not math.isfinite(returned):
+                self._look_at_infinite(row, call, group)
+            elif _is_coarse(call.total_norm) and row.max_norm is not None and not group.returned_partial:
+                exact = _norm(measured)
+                if (returned > row.max_norm) != (exact > row.max_norm):
+                    dtype = str(call.total_norm.dtype).removeprefix("torch.")
+                    self._lint.rounded(dtype, returned, exact, row.max_norm, row.step, group.name)
+        if self._stop_on == "nonfinite" and row.stepped is not False and _is_broken(measured):
+            names = [self._metadata.tensors[group.tensors[i]].name for i in (measured.nan + measured.inf).nonzero()[0]]
+            self._watcher.fault = f"step {row.step}: the gradient of {', '.join(names[:3])} holds NaN or Inf"
+
+    def _look_at_infinite(self, row: Row, call: ClipCall, group: RecordedGroup) -> None:
+        function = call.function or "clipping"
+        if _is_broken(row.measurement):
+            self._lint.nonfinite(function, call.where, row.step, group.name)
+        else:
+            self._lint.overflow(function, call.where, _norm(row.measurement), row.step, group.name)
+
+    # --- groups ------------------------------------------------------------------------------------------------------
+
+    def _describe(
+        self, parameters: list[Tensor], frame: FrameType | None, function: str | None, site: str | None
+    ) -> WatchedGroup:
+        if self._metadata.framework is None:
+            self._metadata.framework = framework_of(frame)
+        group = WatchedGroup(function, site, [], [], owned=have_an_optimizer(parameters))
+        self._extend(group, parameters, frame)
+        return group
+
+    def _extend(self, group: WatchedGroup, parameters: list[Tensor], frame: FrameType | None) -> None:
+        first = len(group.ids)
+        names = self._names.name(parameters, frame)
+        group.remember(parameters)
+        held = [ref() for ref in group.refs]
+        group.smallest = min(range(len(held)), key=lambda i: math.inf if (p := held[i]) is None else p.numel())
+        kept = [i for i, name in enumerate(names) if self._included(name)]
+        if len(kept) < len(names) or group.kept is not None:
+            group.kept = [*(group.kept or range(first)), *(first + i for i in kept)]
+        group.names.extend(names[i] for i in kept)
+        group.tensors.extend(self._define(names[i], parameters[i]) for i in kept)
+        if group.names:
+            recorded = [ref for i, ref in enumerate(group.refs) if group.kept is None or i in group.kept]
+            group.meter = Meter(recorded)
+            group.updates = UpdateNorms(recorded)
+        for parts, index in self._groups.items():
+            if group in parts:
+                self._metadata.groups[index].tensors = [tensor for part in parts for tensor in part.tensors]
+        self._changed()
+
+    def _included(self, name: str) -> bool:
+        return self._include is None or any(fnmatchcase(name, glob) for glob in self._include)
+
+    def _define(self, name: str, parameter: Tensor) -> int:
+        """The number of a tensor; one that takes the place of another of its name and shape takes its number too."""
+        tensor = describe(name, parameter)
+        for number, known in enumerate(self._metadata.tensors):
+            if known == tensor:
+                return number
+        self._metadata.tensors.append(tensor)
+        return len(self._metadata.tensors) - 1
+
+    def _group_of(self, call: ClipCall) -> int:
+        """The number of the trace's group for ``call``, which gets one when it is first recorded."""
+        parts = tuple(group for group, measured in call.parts if measured is not None)
+        index = self._groups.get(parts)
+        if index is None:
+            index = self._groups[parts] = self._define_group(parts, call)
+            self._changed()
+        return index
+
+    def _define_group(self, parts: tuple[WatchedGroup, ...], call: ClipCall) -> int:
+        tensors = [tensor for group in parts for tensor in group.tensors]
+        for number, known in enumerate(self._metadata.groups):
+            # A model that was built again at the same place goes on under its name.
+            if known.tensors == tensors and known.function == call.function and known.call_site == call.where:
+                return number
+        watch, clipped_before = parts[0].watch, parts[0].after_clipping
+        self._metadata.groups.append(
+            RecordedGroup(
+                name=self._group_name(parts, call),
+                tensors=tensors,
+                function=call.function,
+                call_site=call.where,
+                optimizer=watch.name if watch is not None else None,
+                after_clipping=clipped_before,
+                returned_partial=returned_is_partial(call.total_norm),
+            )
+        )
+        if clipped_before:
+            note = f"{clipped_before} clips inside its own optimizer: what is recorded is after its clipping."
+            self._metadata.notes[:] = dict.fromkeys([*self._metadata.notes, note])
+        return len(self._metadata.groups) - 1
+
+    def _group_name(self, parts: tuple[WatchedGroup, ...], call: ClipCall) -> str:
+        taken = {group.name for group in self._metadata.groups}
+        beside_clipped = call.function is None and any(group.function for group in self._metadata.groups)
+        shared = common_prefix([name for group in parts for name in group.names])
+        candidates = [shared or ("unclipped" if beside_clipped else "all"), f"{shared or 'all'} ({call.where})"]
+        name = next((candidate for candidate in candidates if candidate not in taken), None)
+        return name or f"{shared or 'all'} {len(taken) + 1}"
+
+    def names_of(self, parameters: list[Tensor]) -> list[str]:
+        """The names of parameters that were met before (see ``watcher.Sink``)."""
+        return self._names.name(parameters, None)
+
+    def _note_unused(self, watch: OptimizerWatch) -> None:
+        unused = [watch.unused[i] for i in watch.never if i in watch.unused]
+        if unused:
+            self._lint.unused(watch.name, unused, self._last_step)
+
+
+def _is_broken(measured: Measurement) -> bool:
+    return bool(measured.nan.any() or measured.inf.any())
+
+
+def _is_coarse(total_norm: Any) -> bool:
+    return isinstance(total_norm, Tensor) and total_norm.dtype in (torch.bfloat16, torch.float16)
+
+
+def _norm(measured: Measurement) -> float:
+    """The L2 norm of a group; tensors without a gradient count for nothing."""
+    return math.sqrt(float(np.nansum(measured.sum_squares)))

@@ -1,0 +1,116 @@
+"""Rows on their way to the writer: what a device still works on waits, in order, without holding training up."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gradscope.recording.clip_calls import ClipCall
+from gradscope.recording.scalars import PendingScalar, take_down
+from gradscope.trace.measurement import Bins, Measurement, Row
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    step: int
+    group: int
+    call: ClipCall
+    stepped: Any
+    update_norms: list[Any]
+
+    def ready(self) -> bool:
+        numbers = (self.call.returned, self.stepped, *self.call.weight_norms, *self.update_norms)
+        return all(n.ready() for n in (*numbers, *(m for _, m in self.call.parts)) if hasattr(n, "ready"))
+
+
+class RowQueue:
+    """Hands rows to ``write`` in the order they came in."""
+
+    def __init__(self, write: Callable[[Row, ClipCall], None]) -> None:
+        self._write = write
+        self._waiting: deque[_Waiting] = deque()
+
+    def put(self, step: int, group: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
+        """Take in a row, and write those that have arrived."""
+        row = _Waiting(step, group, call, take_down(stepped) if isinstance(stepped, Tensor) else stepped, update_norms)
+        if not self._waiting and row.ready():
+            self._write(_row(row), call)
+            return
+        self._waiting.append(row)
+        while self._waiting and self._waiting[0].ready():
+            self._write_first()
+
+    def finish(self) -> None:
+        """Wait for what is still on its way."""
+        while self._waiting:
+            self._write_first()
+
+    def _write_first(self) -> None:
+        row = self._waiting.popleft()
+        self._write(_row(row), row.call)
+
+
+def _row(row: _Waiting) -> Row:
+    call = row.call
+    parts = [_arrived(measured) for _, measured in call.parts if measured is not None]
+    stepped = row.stepped
+    if stepped is not None and not isinstance(stepped, bool):
+        # What a fused optimizer was told: 0 where nothing was infinite.
+        stepped = _number(stepped) == 0.0
+    return Row(
+        row.step,
+        row.group,
+        call.time,
+        parts[0] if len(parts) == 1 else _joined(parts),
+        call.max_norm,
+        call.clip_value,
+        call.norm_type,
+        _number(call.returned),
+        call.grad_scale,
+        stepped,
+        _norms(call.weight_norms),
+        _norms(row.update_norms),
+    )
+
+
+def _number(value: Any) -> Any:
+    return value.value() if isinstance(value, PendingScalar) else value
+
+
+def _arrived(value: Any) -> Any:
+    return value.result() if hasattr(value, "result") else value
+
+
+def _norms(parts: list[Any]) -> Any:
+    if not parts:
+        return None
+    arrived = [_arrived(part) for part in parts]
+    return arrived[0] if len(arrived) == 1 else np.concatenate(arrived)
+
+
+def _joined(parts: list[Measurement]) -> Measurement:
+    """Several measurements as one group's: its bins may repeat a code."""
+    counts = [part.tensor_bin_counts for part in parts if part.tensor_bin_counts is not None]
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("sum_squares", "max_abs", "zeros", "nan", "inf")
+    )
+    joined = Measurement(*columns)
+    joined.group_bins = _joined_bins([part.group_bins for part in parts])
+    joined.tensor_bins = _joined_bins([part.tensor_bins for part in parts])
+    joined.tensor_bin_counts = np.concatenate(counts) if joined.tensor_bins is not None else None
+    return joined
+
+
+def _joined_bins(parts: list[Bins | None]) -> Bins | None:
+    bins = [part for part in parts if part is not None]
+    if len(bins) < len(parts):
+        return None
+    return Bins(
+        *(np.concatenate([getattr(part, name) for part in bins]) for name in ("code", "count", "mean", "spread"))
+    )

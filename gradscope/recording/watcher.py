@@ -1,0 +1,434 @@
+"""From clip calls and optimizer steps to the rows of a trace.
+
+A clip call is measured when it is made and waits for the optimizer that uses its gradient; what an optimizer updates
+and no clip call covered is measured when it steps.  A step of the trace is a round: it ends when an optimizer that has
+stepped in it steps again, so that the optimizers of one iteration (actor, critic, entropy coefficient) share a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradscope.recording.clip_calls import ClipCall
+from gradscope.recording.clip_groups import GroupBook, WatchedGroup, Witness, call_site
+from gradscope.recording.lint import NORMALISING_OPTIMIZERS, ClipLint
+from gradscope.recording.naming import parameter_ids
+from gradscope.recording.optimizers import OptimizerWatch
+from gradscope.recording.sampling import Sampling
+from gradscope.recording.scalars import take_down
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Sink(Protocol):
+    """Where the rows go."""
+
+    def emit(self, step: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
+        """Take one row; ``stepped`` is a bool, None, or a tensor that is zero where the optimizer stepped."""
+
+    def failed(self, error: BaseException) -> None:
+        """Recording cannot go on."""
+
+    def names_of(self, parameters: list[Tensor]) -> list[str]:
+        """The names of parameters that were met before."""
+
+
+def _unnoticed(method: Callable[P, R]) -> Callable[P, R | None]:
+    """Whatever goes wrong while watching ends the recording with one warning, and never the training."""
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001
+            watcher: Any = args[0]
+            watcher.stop()
+            watcher.sink.failed(error)
+            return None
+
+    return guarded
+
+
+class Watcher:
+    """Told by ``Interception`` what happens; tells ``sink`` the rows and ``lint`` what is wrong."""
+
+    def __init__(self, sink: Sink, book: GroupBook, lint: ClipLint, sampling: Sampling) -> None:
+        self.sink = sink
+        self.step = 0
+        self.fault: str | None = None
+        self._book = book
+        self._lint = lint
+        self._sampling = sampling
+        self._pid = os.getpid()
+        self._active = True
+        self._local = _Depth()
+        self._lock = threading.RLock()
+        self._calls: dict[WatchedGroup, ClipCall] = {}
+        self._optimizers: dict[int, OptimizerWatch] = {}
+        self._stepping: list[OptimizerWatch | None] = []
+
+    def watching(self) -> bool:
+        """Whether a clip call made now is to be looked at."""
+        return self._active and not self._local.depth and self._pid == os.getpid()
+
+    def stepping(self) -> bool:
+        """Whether an optimizer step made now is to be looked at."""
+        return self._active and self._pid == os.getpid()
+
+    def nested(self) -> _Depth:
+        """Within this context clip calls of this thread are parts of one that was seen already."""
+        return self._local
+
+    def stop(self) -> None:
+        """Look at nothing any more."""
+        self._active = False
+
+    # --- clip calls --------------------------------------------------------------------------------------------------
+
+    @_unnoticed
+    def before_clip(
+        self,
+        function: str,
+        parameters: list[Tensor],
+        frame: FrameType | None,
+        max_norm: Any = None,
+        norm_type: Any = None,
+        total_norm: Any = None,
+        clip_value: Any = None,
+    ) -> ClipCall | None:
+        """Measure the gradients of ``parameters`` as the clip call is about to find them."""
+        with self._lock:
+            limit = None if max_norm is None else float(max_norm)
+            where = call_site(frame) or "?"
+            if not parameters:
+                self._lint.nothing_to_clip(function, where, self.step, 0)
+                return None
+            group, whole = self._book.find(parameters, frame, function)
+            if group.watch is not None and group.watch.captured:
+                # A later evaluation of the closure: the step's gradient is that of the first.
+                return None
+            has_gradient = whole and parameters[group.smallest].grad is not None
+            if not has_gradient and all(parameter.grad is None for parameter in parameters):
+                self._lint.nothing_to_clip(function, where, self.step, len(parameters))
+                return None
+            step = self._next_step(group)
+            self._look_at_threshold(limit, clip_value, where, step, group)
+            same = next((c for c in self._calls.values() if c.witness and c.witness.confirms(group)), None)
+            if same is not None and not same.consumers:
+                if same.function == function:
+                    self._lint.twice(function, where, step, self._name(group))
+                same.combine(limit, clip_value)
+                return same
+            if self._used_before(group):
+                self._lint.after_step(function, where, step, self._name(group))
+                return None
+            earlier = self._calls.get(group)
+            if earlier is not None and not earlier.consumers and not group.owned:
+                self._finish([earlier], self._round_of(group), None)
+            call = ClipCall(
+                function,
+                where,
+                [(group, self._measure(group, parameters, whole, step))],
+                time.time(),
+                limit,
+                None if clip_value is None else float(clip_value),
+                None if norm_type is None else float(norm_type),
+                total_norm,
+                take_down(total_norm),
+            )
+            combined = None if total_norm is None else self._combined(call)
+            if combined is not None:
+                combined.parts.extend(call.parts)
+                call = combined
+            self._calls[group] = call
+            return call
+
+    @_unnoticed
+    def after_clip(self, call: ClipCall | None, total_norm: Any) -> None:
+        """Take down what the clip call returned."""
+        if call is None:
+            return
+        if total_norm is not None and call.function != "clip_grads_with_norm_":
+            call.total_norm = total_norm
+            call.returned = take_down(total_norm)
+        group = call.parts[-1][0]
+        call.witness = Witness.of(group.refs[group.smallest]())
+
+    def _next_step(self, group: WatchedGroup) -> int:
+        watch = group.watch
+        return self.step + 1 if watch is not None and watch.round == self.step else self.step
+
+    def _measure(self, group: WatchedGroup, parameters: list[Tensor], whole: bool, step: int) -> Any:
+        if not self._sampling.due(step):
+            return None
+        if group.meter is None:
+            return None
+        return group.meter.measure(group.gradients(parameters, whole), self._sampling.spectra(step))
+
+    def _look_at_threshold(
+        self, limit: float | None, clip_value: Any, where: str, step: int, group: WatchedGroup
+    ) -> None:
+        if limit is not None and not 0.0 < limit < float("inf"):
+            self._lint.threshold(limit, "max_norm", where, step, self._name(group))
+        if clip_value is not None and not 0.0 < float(clip_value) < float("inf"):
+            self._lint.threshold(float(clip_value), "clip_value", where, step, self._name(group))
+
+    def _used_before(self, group: WatchedGroup) -> bool:
+        """Whether an optimizer has used this very gradient already."""
+        watches = self._optimizers.values() if group.watch is None else (group.watch,)
+        return any(witness.confirms(group) for watch in watches for witness in watch.used)
+
+    def _combined(self, call: ClipCall) -> ClipCall | None:
+        """The call before this one that was given the same total norm."""
+        group = call.parts[0][0]
+        for other in reversed(self._calls.values()):
+            if (
+                other.function == call.function
+                and not other.consumers
+                and other.max_norm == call.max_norm
+                and all(held is not group for held, _ in other.parts)
+                and other.shares_norm(call)
+            ):
+                return other
+        return None
+
+    def _name(self, group: WatchedGroup) -> str | None:
+        return group.names[0] if len(group.names) == 1 else group.call_site
+
+    # --- optimizer steps ---------------------------------------------------------------------------------------------
+
+    @_unnoticed
+    def before_step(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> None:
+        """``optimizer`` is about to use its gradients."""
+        with self._lock:
+            watch = self._enter(optimizer, frame)
+            if watch is not None:
+                self._capture(watch, optimizer)
+
+    def closure(
+        self, optimizer: torch.optim.Optimizer, evaluate: Callable[[], Any], frame: FrameType | None
+    ) -> Callable[[], Any]:
+        """``evaluate``, watched: after its first evaluation the gradient is there."""
+        self._begin(optimizer, frame)
+
+        @functools.wraps(evaluate)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            loss = evaluate(*args, **kwargs)
+            self._evaluated(optimizer)
+            return loss
+
+        return watched
+
+    @_unnoticed
+    def _begin(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> None:
+        with self._lock:
+            self._enter(optimizer, frame)
+
+    @_unnoticed
+    def _evaluated(self, optimizer: torch.optim.Optimizer) -> None:
+        with self._lock:
+            watch = self._stepping[-1] if self._stepping else None
+            if watch is not None and watch.ref() is optimizer and not watch.captured:
+                self._capture(watch, optimizer)
+
+    @_unnoticed
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer`` has stepped, or a fused one has decided not to."""
+        with self._lock:
+            watch = self._stepping.pop() if self._stepping else None
+            if watch is None or watch.ref() is not optimizer or not watch.captured:
+                return
+            found_inf = getattr(optimizer, "found_inf", None)
+            self._conclude(watch, True if found_inf is None else found_inf)
+
+    @contextmanager
+    def scaling(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> Iterator[None]:
+        """Around ``GradScaler.step``, which leaves the optimizer alone where it found Inf or NaN."""
+        finished = self._finished(optimizer, frame)
+        yield
+        self._skipped(optimizer, finished)
+
+    @_unnoticed
+    def _finished(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> int:
+        with self._lock:
+            return self._watch(optimizer, frame).finished
+
+    @_unnoticed
+    def _skipped(self, optimizer: torch.optim.Optimizer, finished: int | None) -> None:
+        with self._lock:
+            watch = self._watch(optimizer, None)
+            if watch.finished == finished and self.stepping():
+                self._capture(watch, optimizer)
+                self._conclude(watch, False)
+
+    @_unnoticed
+    def before_unscale(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+        """A ``GradScaler`` is about to divide the gradients: what was clipped before was clipped scaled."""
+        with self._lock:
+            watch = self._optimizers.get(id(optimizer))
+            members = watch.ids if watch is not None else frozenset(parameter_ids(optimizer))
+            for call in dict.fromkeys(self._calls.values()):
+                if not call.consumers and any(not members.isdisjoint(group.members) for group, _ in call.parts):
+                    self._scaled(call, scaler.get_scale())
+
+    def _scaled(self, call: ClipCall, scale: float) -> None:
+        if scale == 1.0 or call.function is None:
+            return
+        call.grad_scale = scale
+        group = call.parts[0][0]
+        self._lint.scaled(call.where, scale, call.max_norm, self._next_step(group), self._name(group))
+
+    def _watch(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch:
+        watch = self._optimizers.get(id(optimizer))
+        if watch is None or watch.ref() is not optimizer:
+            watch = self._optimizers[id(optimizer)] = OptimizerWatch.of(optimizer, frame)
+        watch.refresh(optimizer)
+        return watch
+
+    def _enter(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch | None:
+        """Begin a step; None where it is part of one of an optimizer around this one."""
+        watch = self._watch(optimizer, frame)
+        if watch in self._stepping:
+            # Its last step ended in an exception.
+            del self._stepping[self._stepping.index(watch) :]
+        outer = next((w for w in reversed(self._stepping) if w is not None), None)
+        inner = outer is not None and not outer.ids.isdisjoint(watch.ids)
+        self._stepping.append(None if inner else watch)
+        watch.captured = False
+        watch.frame = frame
+        return None if inner else watch
+
+    def _capture(self, watch: OptimizerWatch, optimizer: torch.optim.Optimizer) -> None:
+        """Settle which clip calls this step uses, and measure what none of them covered."""
+        watch.captured = True
+        watch.note_gradients()
+        if watch.never and not watch.finished:
+            waiting = [i for i in watch.never if watch.parameters[i].requires_grad]
+            watch.unused = dict(zip(waiting, self.sink.names_of([watch.parameters[i] for i in waiting]), strict=True))
+        calls = [call for call in dict.fromkeys(self._calls.values()) if call.covers(watch)]
+        step = self.step + 1 if watch.round == self.step else self.step
+        scale = getattr(optimizer, "grad_scale", None)
+        clipped = any(call.function is not None for call in calls)
+        for call in calls:
+            self._settle(call, watch, step)
+            if scale is not None:
+                self._scaled(call, float(scale))
+        groups = tuple(group for call in calls for group, _ in call.parts)
+        rest = watch.rest(groups)
+        if any(parameter.grad is not None for parameter in rest):
+            self._unclipped(watch, rest, step, 1.0 if scale is None else float(scale), clipped)
+        if self._sampling.due(step) and self._sampling.tenth(step):
+            self._weigh(watch)
+
+    def _settle(self, call: ClipCall, watch: OptimizerWatch, step: int) -> None:
+        for group, _ in call.parts:
+            group.watch = watch
+            group.after_clipping = watch.after_clipping
+        if call.max_norm is not None and watch.name.lower().startswith(NORMALISING_OPTIMIZERS):
+            self._lint.normalised(watch.name, call.where, step, self._name(call.parts[0][0]))
+
+    def _unclipped(
+        self, watch: OptimizerWatch, rest: list[Tensor], step: int, scale: float, beside_clipped: bool
+    ) -> None:
+        group, whole = self._book.find(rest, watch.frame, None, ("step", id(watch), beside_clipped))
+        group.watch = watch
+        group.after_clipping = watch.after_clipping
+        call = ClipCall(None, call_site(watch.frame) or "?", [(group, self._measure(group, rest, whole, step))])
+        call.time = time.time()
+        call.grad_scale = scale
+        call.witness = Witness.of(rest[group.smallest] if whole else None)
+        self._calls[group] = call
+        if beside_clipped:
+            missing = [p for p in rest if p.grad is not None]
+            self._lint.coverage(watch.name, self.sink.names_of(missing), len(watch.parameters), step)
+
+    def _weigh(self, watch: OptimizerWatch) -> None:
+        for call in self._calls.values():
+            if call.covers(watch) and not call.weight_norms:
+                call.weight_norms = [group.updates.before() for group, _ in call.parts if group.updates]
+
+    def _conclude(self, watch: OptimizerWatch, stepped: Any) -> None:
+        """The step of ``watch`` is over: its rows go out."""
+        if watch.round == self.step or (not watch.finished and self._all_gone()):
+            self.step += 1
+        watch.round = self.step
+        watch.finished += 1
+        watch.captured = False
+        watch.frame = None
+        calls = [call for call in dict.fromkeys(self._calls.values()) if call.covers(watch)]
+        watch.used = [call.witness for call in calls if call.witness is not None]
+        self._finish([call for call in calls if not call.consumers], self.step, stepped, watch)
+        for call in calls:
+            call.consumers.append(watch)
+        self._forget(watch)
+
+    def _all_gone(self) -> bool:
+        """Whether the optimizers of this step are no more: then another training has begun."""
+        stepped = [watch.ref() for watch in self._optimizers.values() if watch.round == self.step]
+        return bool(stepped) and all(optimizer is None for optimizer in stepped)
+
+    def _forget(self, watch: OptimizerWatch) -> None:
+        """Drop calls whose every parameter has been used; others wait for their second optimizer."""
+        for group, call in list(self._calls.items()):
+            if call.consumers and (call.function is None or group.members <= watch.ids or watch not in call.consumers):
+                del self._calls[group]
+
+    def _round_of(self, group: WatchedGroup) -> int:
+        """The step of a gradient that no torch optimizer uses: one per clip call."""
+        watch = group.watch
+        if watch is None:
+            watch = group.watch = OptimizerWatch(lambda: None, "", None)  # type: ignore[arg-type]
+        if watch.round == self.step:
+            self.step += 1
+        watch.round = self.step
+        return self.step
+
+    def _finish(self, calls: list[ClipCall], step: int, stepped: Any, watch: OptimizerWatch | None = None) -> None:
+        if not self._sampling.due(step):
+            return
+        for call in calls:
+            updates: list[Any] = []
+            if call.weight_norms:
+                updates = [group.updates.after() for group, _ in call.parts if group.updates]
+            if any(measured is not None for _, measured in call.parts):
+                self.sink.emit(step, call, stepped, updates)
+
+    def finish(self) -> None:
+        """The recording ends: rows of gradients that no torch optimizer uses go out."""
+        with self._lock:
+            waiting = [call for call in dict.fromkeys(self._calls.values()) if not call.consumers]
+            for call in waiting:
+                if not any(group.owned for group, _ in call.parts):
+                    self._finish([call], self._round_of(call.parts[0][0]), None)
+            self._calls.clear()
+            self.stop()
+
+    def optimizers(self) -> list[OptimizerWatch]:
+        """Every optimizer that has stepped."""
+        return [watch for watch in self._optimizers.values() if watch.finished]
+
+
+class _Depth(threading.local):
+    """How deep this thread is inside a clip call."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.depth -= 1
