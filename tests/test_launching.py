@@ -50,6 +50,15 @@ def test_input_and_output_pass_through_untouched() -> None:
     assert done.stderr.startswith(data)
 
 
+def test_open_files_are_passed_on_as_a_shell_passes_them(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("from descriptor 3\n")
+    recorded = " ".join(f"'{word}'" for word in RECORD)
+    done = subprocess.run(
+        ["sh", "-c", f"exec 3<data; {recorded} sh -c 'cat <&3'"], capture_output=True, env=CLEAN, check=True
+    )
+    assert done.stdout == b"from descriptor 3\n"
+
+
 def test_standard_output_is_the_commands_alone() -> None:
     assert run("echo", "hello").stdout == b"hello\n"
 

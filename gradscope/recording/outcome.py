@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shlex
@@ -45,12 +46,20 @@ def summary(trace: LaunchedTrace) -> str:
     metadata = trace.metadata
     updates = _several(metadata.steps if metadata.steps is not None else _steps_on_disk(trace.path), "update")
     groups = _several(len(metadata.groups), "clip group")
-    size = sum(file.stat().st_size for file in trace.path.iterdir())
     tensors = _several(len(metadata.tensors), "tensor")
-    line = f"Recorded {updates}, {groups}, {tensors}: {_shown(trace.path)} ({_size(size)})"
+    line = f"Recorded {updates}, {groups}, {tensors}: {_shown(trace.path)} ({_size(_bytes_on_disk(trace.path))})"
     if metadata.ended is not None:
         return line
     return f"{line}; it is {'still being recorded' if _alive(metadata.pid) else 'cut off: the process was killed'}"
+
+
+def _bytes_on_disk(path: Path) -> int:
+    total = 0
+    for file in path.iterdir():
+        # A trace that is still being recorded renames files.
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def _steps_on_disk(path: Path) -> int:
