@@ -22,6 +22,9 @@ class BuildInPlace(build_ext):
 
 
 setup(
-    ext_modules=[Extension("gradscope._kernels", ["gradscope/_kernels.pyx"], extra_compile_args=OPTIMISE)],
+    ext_modules=[
+        Extension("gradscope._kernels", ["gradscope/_kernels.pyx"], extra_compile_args=OPTIMISE),
+        Extension("gradscope._meter", ["gradscope/_meter.pyx"], extra_compile_args=OPTIMISE),
+    ],
     cmdclass={"build_ext": BuildInPlace},
 )

@@ -18,4 +18,5 @@ def clip_sums(
     sum_abs: NDArray[np.float64],
     squares: NDArray[np.float64] | None,
     v: float,
+    rounding: float = 0.0,
 ) -> tuple[int, float, float, float, tuple[float, float, float], tuple[float, float, float]]: ...

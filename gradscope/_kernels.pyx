@@ -755,16 +755,18 @@ def clip_sums(
     const double[::1] sum_abs not None,
     const double[::1] squares,
     double v,
+    double rounding = 0.0,
 ):
     """Sums over the bins wholly below and wholly above ``v``, compensated.
 
     Returns ``(straddling, n, excess, mean_square_excess, above, below)``: the index of the bin that holds ``v``
     inside (-1: none); over the bins above, their elements n, sum of a - c*v, and sum of (a - c*v)**2/c; and for either
     side (energy of the bin means, least and most scatter around them).  ``squares`` are the bins' sums of squares or
-    None, where only the most is known: (mean - lower)*(upper - mean)*c.
+    None, where only the most is known: (mean - lower)*(upper - mean)*c.  ``rounding`` is how far a bin's sum may be
+    off, relative to what its elements exceed the lower edge by; the scatter is widened accordingly, the rest is not.
     """
     cdef Py_ssize_t i, straddling = -1, bins = lower.shape[0]
-    cdef double c, share, mean, d, energy, least, most
+    cdef double c, share, mean, d, energy, least, most, astray
     cdef double n = 0.0
     cdef double excess = 0.0, excess_lost = 0.0, square = 0.0, square_lost = 0.0
     cdef double[2] means = [0.0, 0.0]
@@ -780,16 +782,18 @@ def clip_sums(
         share = 1.0 / c
         mean = sum_abs[i] * share
         energy = sum_abs[i] * mean
-        most = 0.0
+        most = astray = 0.0
         if upper[i] > lower[i]:
+            astray = rounding * (upper[i] - lower[i]) * (sum_abs[i] - c * lower[i])
             # The mean may be off by two roundings.
             most = (mean - lower[i]) * (upper[i] - mean) * c
-            most = (most if most > 0.0 else 0.0) + 9e-16 * energy
+            most = (most if most > 0.0 else 0.0) + 9e-16 * energy + astray
         least = 0.0
         if squares is not None:
             d = squares[i] - energy
-            least = min(max(d - 1e-14 * energy, 0.0), most)
-            most = max(min(d + 1e-14 * energy, most), least)
+            astray = 3.0 * astray + 1e-14 * energy
+            least = min(max(d - astray, 0.0), most)
+            most = max(min(d + astray, most), least)
         side = 0 if upper[i] <= v else 1
         add_compensated(&means[side], &means_lost[side], energy)
         scatter_least[side] += least

@@ -52,6 +52,7 @@ class Bin:
     """``count`` elements that add up to ``sum_abs`` (float64, correctly rounded), in [lower, largest].
 
     ``upper`` is the largest magnitude that the bin can hold; ``largest`` is less where no element reaches it.
+    ``doubt`` is how far ``sum_abs`` may be off besides its rounding.
     """
 
     lower: float
@@ -59,6 +60,7 @@ class Bin:
     largest: float
     count: int
     sum_abs: float
+    doubt: float = 0.0
 
     @property
     def spacing(self) -> float:
@@ -84,6 +86,8 @@ class Bin:
 
     def _excess_over_edge(self) -> tuple[float, float]:
         """Σ(x - lower), and how far the rounding of the sum may put it off."""
+        if self.doubt:
+            return self.sum_abs - self.count * self.lower, self.doubt + 4 * math.ulp(self.sum_abs)
         if not self._sum_rounds:
             # On the grid products and differences are exact too.
             return self.sum_abs - self.count * self.lower, 0.0
@@ -99,15 +103,17 @@ class Bin:
         to lie evenly, or all in one place where the mean says so.
         """
         c, mean = self.count, self.sum_abs / self.count
-        if c == 1:
+        if c == 1 and abs(self.sum_abs - v) >= self.doubt:
             return exactly(int(self.sum_abs > v))
+        astray = self.doubt / c
         below, over = v - self.lower, self.largest - v
         # The mean may be off by two roundings.
-        off = max(abs(mean - v) - 4e-16 * mean, 0.0)
-        scatter = min(scatter_most, max((mean - self.lower) * (self.largest - mean) * c, 0.0) + 9e-16 * c * mean * mean)
+        off = max(abs(mean - v) - 4e-16 * mean - astray, 0.0)
+        spread = (mean - self.lower) * (self.largest - mean) * c + self.doubt * (self.largest - self.lower)
+        scatter = min(scatter_most, max(spread, 0.0) + 9e-16 * c * mean * mean)
         beyond = min(_rounded_up(c * scatter / (scatter + c * off * off)), c - 1) if off else c
-        hi = min(_rounded_up(c * (mean - self.lower) / below), c if mean > v else beyond)
-        not_above = min(_rounded_up(c * (self.largest - mean) / over), beyond if mean > v else c)
+        hi = min(_rounded_up(c * (mean + astray - self.lower) / below), c if mean > v else beyond)
+        not_above = min(_rounded_up(c * (self.largest - mean + astray) / over), beyond if mean > v else c)
         return ClippedCount.between(min(max(c - not_above, 0), hi), self._likely_above(v, mean), hi)
 
     def _likely_above(self, v: float, mean: float) -> float:

@@ -45,6 +45,7 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 _NATIVE = {np.dtype(name): name for name in ("float64", "float32", "float16")}
 # How far the total of a scan may be off, relative to it: the kernel's block sums round in float64.
 _SCAN_ROUNDING = 2.0**-46
+_STORED_ROUNDING = 2.0**-40
 # What a square or product that underflows float64 can lose.
 _UNDERFLOW = 2.0**-1070
 _EMPTY = np.empty(0)
@@ -60,6 +61,9 @@ class MagnitudeSpectrum:
     elements, ``sum_abs`` their Σ|g| and ``bin_sum_squares``, where known, their Σg².  ``sum_squares`` (inf where a
     square overflows float64) and ``max_abs`` are over the finite elements; ``zeros``, ``nan`` and ``inf`` count
     elements outside the bins.
+
+    ``rounding`` says how far the sums of a bin may be off where they were stored with fewer digits: ``sum_abs`` by this
+    share of Σ(|g| - lower), and the scatter Σ(|g| - mean)² by three times that, times the width of the bin.
     """
 
     lower: FloatArray = field(default_factory=lambda: _EMPTY, repr=False)
@@ -72,6 +76,7 @@ class MagnitudeSpectrum:
     nan: int = 0
     inf: int = 0
     bin_sum_squares: FloatArray | None = field(default=None, repr=False)
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, elements: Any, dtype: str | None = None) -> MagnitudeSpectrum:
@@ -107,6 +112,25 @@ class MagnitudeSpectrum:
         return cls(lower, upper, count.view(np.int64), sum_abs, sum_squares, max_abs, zeros, nan, inf)
 
     @classmethod
+    def from_bins(
+        cls,
+        lower: FloatArray,
+        upper: FloatArray,
+        count: IntArray,
+        sum_abs: FloatArray,
+        bin_sum_squares: FloatArray | None,
+        sum_squares: float,
+        max_abs: float,
+        zeros: int = 0,
+        nan: int = 0,
+        inf: int = 0,
+        rounding: float = 0.0,
+    ) -> MagnitudeSpectrum:
+        """The spectrum of bins in any order; those that overlap become one."""
+        lower, upper, count, sum_abs, squares = _join_bins(lower, upper, count, sum_abs, bin_sum_squares)
+        return cls(lower, upper, count, sum_abs, sum_squares, max_abs, zeros, nan, inf, squares, rounding)
+
+    @classmethod
     def merge(cls, spectra: Iterable[MagnitudeSpectrum]) -> MagnitudeSpectrum:
         """The spectrum of all their elements together; bins that overlap become one.  Their order does not matter."""
         parts = list(spectra)
@@ -125,6 +149,7 @@ class MagnitudeSpectrum:
             sum(part.nan for part in parts),
             sum(part.inf for part in parts),
             squares,
+            max((part.rounding for part in parts), default=0.0),
         )
 
     def repeated(self, times: int) -> MagnitudeSpectrum:
@@ -141,6 +166,7 @@ class MagnitudeSpectrum:
             self.nan * times,
             self.inf * times,
             squares,
+            self.rounding,
         )
 
     def __add__(self, other: MagnitudeSpectrum) -> MagnitudeSpectrum:
@@ -217,20 +243,22 @@ class MagnitudeSpectrum:
         energy = self.sum_squares
         if v >= self.max_abs:
             points = np.array_equal(self.lower, self.upper)
-            return ValueClip.none(v, energy, POINT_ROUNDING if points else _SCAN_ROUNDING)
+            return ValueClip.none(v, energy, self._total_rounding(points))
         if not energy < math.inf:
             clipped = self._clipped(v, math.inf)
             return ValueClip(v, energy, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, clipped, 1.0)
         straddling, n, s, square, above, below = clip_sums(
-            self.lower, self.upper, self.count, self.sum_abs, self.bin_sum_squares, v
+            self.lower, self.upper, self.count, self.sum_abs, self.bin_sum_squares, v, self.rounding
         )
         inside = Straddle.none() if straddling < 0 else self._straddle(straddling, v)
         points = above[2] == below[2] == inside.scatter_most == 0.0
-        rounding = POINT_ROUNDING if points else _SCAN_ROUNDING
+        rounding = self._total_rounding(points)
         underflow = self.finite * _UNDERFLOW
         slack = rounding * energy + underflow
         scatter = energy - above[0] - below[0] - inside.energy
-        least, most = max(scatter - slack, 0.0), max(scatter + slack, 0.0)
+        # A mean that is off by a share r puts the energy of the means off by 2r.
+        astray = slack + 3.0 * self.rounding * energy
+        least, most = max(scatter - astray, 0.0), max(scatter + astray, 0.0)
         above_most = min(above[2], max(most - below[1] - inside.scatter_least, above[1]))
         above_least = min(max(above[1], least - below[2] - inside.scatter_most), above_most)
         below_most = min(below[2], max(most - above[1] - inside.scatter_least, below[1]))
@@ -240,9 +268,10 @@ class MagnitudeSpectrum:
         # The scatter above v and in its bin are two parts of one known whole, which sharpens the sum of both.
         square_lo = max(above_least + split.square_lo, least - below_most + split.around - split.missed_hi)
         square_hi = min(above_most + split.square_hi, most - below_least + split.around - split.missed_lo)
-        s_off = 2.0**-49 * (s + n * v + inside.sum_abs)
-        square_off = 2.0**-49 * (above[0] + inside.energy) + underflow
+        s_off = (2.0**-49 + self.rounding) * (s + n * v + inside.sum_abs)
+        square_off = (2.0**-49 + 3.0 * self.rounding) * (above[0] + inside.energy) + underflow
         kept = below[0] + n * v * v
+        kept_off = 3.0 * self.rounding * (below[0] + inside.energy)
         return ValueClip(
             v,
             energy,
@@ -250,11 +279,17 @@ class MagnitudeSpectrum:
             s + split.s_hi + s_off,
             max(square + square_lo - square_off, 0.0),
             square + max(square_hi, square_lo) + square_off,
-            (kept + below_least + split.kept_lo) * (1 - 2.0**-49),
-            (kept + below_most + split.kept_hi) * (1 + 2.0**-49),
+            max((kept + below_least + split.kept_lo) * (1 - 2.0**-49) - kept_off, n * v * v * (1 - 2.0**-49)),
+            (kept + below_most + split.kept_hi) * (1 + 2.0**-49) + kept_off,
             self._clipped(v, min(inside.scatter_most, scatter_inside)),
             slack / energy if energy else 1.0,
         )
+
+    def _total_rounding(self, points: bool) -> float:
+        """How far ``sum_squares`` may be off, relative to it; ``points`` says that every value is known."""
+        if self.rounding:
+            return _STORED_ROUNDING
+        return POINT_ROUNDING if points else _SCAN_ROUNDING
 
     def _clipped(self, v: float, scatter_most: float) -> ClippedCount:
         """The elements above ``v``; ``scatter_most`` bounds the scatter in the bin that holds it inside."""
@@ -262,7 +297,9 @@ class MagnitudeSpectrum:
         if k == self.lower.size or self.lower[k] > v:
             return exactly(int(self.count[k:].sum()))
         lower, upper = float(self.lower[k]), float(self.upper[k])
-        held = Bin(lower, upper, min(upper, self.max_abs), int(self.count[k]), float(self.sum_abs[k]))
+        count, sum_abs = int(self.count[k]), float(self.sum_abs[k])
+        doubt = self.rounding * (sum_abs - count * lower) + 4 * self.rounding * math.ulp(sum_abs)
+        held = Bin(lower, upper, min(upper, self.max_abs), count, sum_abs, doubt)
         inside = held.above_its_edge() if held.lower == v else held.above(v, scatter_most)
         return exactly(int(self.count[k + 1 :].sum())) + inside
 
@@ -271,13 +308,17 @@ class MagnitudeSpectrum:
         lower, upper = float(self.lower[k]), min(float(self.upper[k]), self.max_abs)
         mean = min(max(a / c, lower), upper)
         energy = a * mean
-        most = (mean - lower) * (upper - mean) * c + 9e-16 * energy
+        astray = self.rounding * max(a - c * lower, 0.0)
+        most = (mean - lower) * (upper - mean) * c + 9e-16 * energy + astray * (upper - lower)
         least = 0.0
         if self.bin_sum_squares is not None:
             known = float(self.bin_sum_squares[k]) - energy
-            least = min(max(known - 1e-14 * energy, 0.0), most)
-            most = max(min(known + 1e-14 * energy, most), least)
-        return Straddle(c, a, mean, lower, upper, energy, least, most)
+            off = 1e-14 * energy + 3.0 * astray * (upper - lower)
+            least = min(max(known - off, 0.0), most)
+            most = max(min(known + off, most), least)
+        # As if the elements were shifted to the mean that is known.
+        shift = astray / c
+        return Straddle(c, a, mean, max(lower - shift, 0.0), upper + shift, energy, least, most)
 
 
 class _Scanners(threading.local):
@@ -329,17 +370,28 @@ def _merge_bins(
             np.sort(np.stack([part.sum_abs for part in parts]), axis=0).sum(axis=0),
             np.sort(np.stack(squares), axis=0).sum(axis=0) if all_squares else None,
         )
-    lower = np.concatenate([part.lower for part in parts])
-    upper = np.concatenate([part.upper for part in parts])
-    count = np.concatenate([part.count for part in parts])
-    sum_abs = np.concatenate([part.sum_abs for part in parts])
+    return _join_bins(
+        np.concatenate([part.lower for part in parts]),
+        np.concatenate([part.upper for part in parts]),
+        np.concatenate([part.count for part in parts]),
+        np.concatenate([part.sum_abs for part in parts]),
+        np.concatenate(squares) if all_squares else None,
+    )
+
+
+def _join_bins(
+    lower: FloatArray, upper: FloatArray, count: IntArray, sum_abs: FloatArray, squares: FloatArray | None
+) -> tuple[FloatArray, FloatArray, IntArray, FloatArray, FloatArray | None]:
+    """Sorts bins and makes one of those that overlap; the order they come in does not matter."""
+    if lower.size == 0:
+        return lower, upper, count, sum_abs, squares
     order = np.lexsort((sum_abs, lower))
+    unsorted = lower
     lower, reach = lower[order], np.maximum.accumulate(upper[order])
     starts = np.flatnonzero(np.concatenate(([True], lower[1:] > reach[:-1])))
     merged_squares = None
-    if all_squares:
-        joined = np.concatenate(squares)
-        merged_squares = np.add.reduceat(joined[np.lexsort((joined, np.concatenate([p.lower for p in parts])))], starts)
+    if squares is not None:
+        merged_squares = np.add.reduceat(squares[np.lexsort((squares, unsorted))], starts)
     return (
         lower[starts],
         np.maximum.reduceat(upper[order], starts),

@@ -7,7 +7,7 @@ zeros), of a DTensor this rank's part.  Tensors on an accelerator go to ``device
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ class GroupMeter:
         self._tally = GradientTally(numels, dtypes)
 
     def measure(self, pointers: list[int], spectra: int) -> Measurement:
-        """The tensors at these addresses, 0 where there is no gradient; ``spectra`` is 0: none, 1: group, 2: tensors too.
+        """The tensors at these addresses, 0 where there is no gradient.
 
-        The arrays are read-only and the caller's own.
+        ``spectra`` is 0 for none, 1 for the group's and 2 for the group's and the tensors'.  The arrays are read-only and the caller's own.
         """
         n = self._tensors
         data, of_group, of_tensors = self._tally.measure(pointers, spectra)
@@ -175,8 +175,8 @@ class UnreadableGradientError(ValueError):
 def plain_elements(tensor: Tensor) -> Tensor:
     """The stored elements of a tensor of any kind, dense, gap-free and of a dtype in ``DTYPES``, in any order.
 
-    Those of a sparse tensor are its values, those of a DTensor this rank's.  Raises UnreadableGradientError where there are
-    none.
+    Those of a sparse tensor are its values, those of a DTensor this rank's.  Raises UnreadableGradientError where there
+    are none.
     """
     tensor = _local(tensor)
     if tensor.layout is torch.sparse_coo:
@@ -188,7 +188,9 @@ def plain_elements(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise UnreadableGradientError("it is on the meta device and holds no elements")
     if tensor.is_complex():
-        raise UnreadableGradientError(f"it is {str(tensor.dtype).removeprefix('torch.')}, and complex numbers are not measured")
+        raise UnreadableGradientError(
+            f"it is {str(tensor.dtype).removeprefix('torch.')}, and complex numbers are not measured"
+        )
     if tensor.dtype not in DTYPES:
         tensor = tensor.to(torch.float32)
     if not _is_gap_free(tensor):

@@ -1,0 +1,1088 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Gradients where they lie -> totals and magnitude bins of a clip group, in one call; weights -> norms.
+
+Made for many small tensors at every step of a training run, where ``_kernels`` is made for large ones, once.
+
+Fine bins are the 14 bits below the sign of a float64 (11 exponent, 3 mantissa): 8 an octave.  A float32 falls into
+them by its top 11 bits, and since its magnitude is linear in the low 20 bits, the sums of these and of their squares
+are the exact first and second moment of a bin.  Types of 16 bits and fewer go by way of float32.
+What is stored of the fine bins, and in which code, ``emit_bins`` decides; ``gradscope.trace.bins`` reads it.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.math cimport NAN, sqrt
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+import os
+import threading
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <string.h>
+
+    /* One build that runs everywhere and uses wide vectors where it finds them. It needs ifunc: gcc or clang 14,
+       glibc, x86-64. */
+    #if defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14) && defined(__x86_64__) && defined(__GLIBC__)
+    #define GM_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+    #else
+    #define GM_VECTORS
+    #endif
+    #if defined(_MSC_VER)
+    #define GM_RESTRICT __restrict
+    #else
+    #define GM_RESTRICT restrict
+    #endif
+    #define GM_SUMS 32
+    #define GM_PART 256
+    #define GM_LANES 4
+    #define GM_ONE (1ull << 40)
+    #define GM_ABS64 0x7fffffffffffffffull
+    #define GM_INF64 0x7ff0000000000000ull
+
+    /* What a block of elements comes to; ``least`` is the smallest non-zero magnitude's bits minus one. */
+    typedef struct { double squares; uint64_t most, least, zeros; } gm_block;
+
+    /* The sums are independent, so that the compiler may vectorise them without being allowed to reorder anything; a
+       float's square is exact in double, so that fused multiply-add changes nothing. */
+    GM_VECTORS static void gm_block32(const uint32_t *GM_RESTRICT x, size_t n, gm_block *out)
+    {
+        double acc[GM_SUMS] = {0};
+        uint32_t hi[GM_SUMS] = {0}, lo[GM_SUMS], zero[GM_SUMS] = {0};
+        size_t i, whole = n - n % GM_SUMS;
+        int j, w;
+        for (j = 0; j < GM_SUMS; j++) lo[j] = UINT32_MAX;
+        for (i = 0; i < whole; i += GM_SUMS)
+            for (j = 0; j < GM_SUMS; j++) {
+                uint32_t m = x[i + j] & 0x7fffffffu, below = m - 1;
+                float f;
+                memcpy(&f, &m, 4);
+                acc[j] += (double)f * (double)f;
+                hi[j] = hi[j] > m ? hi[j] : m;
+                lo[j] = lo[j] < below ? lo[j] : below;
+                zero[j] += m == 0;
+            }
+        for (; i < n; i++) {
+            uint32_t m = x[i] & 0x7fffffffu, below = m - 1;
+            float f;
+            memcpy(&f, &m, 4);
+            acc[i - whole] += (double)f * (double)f;
+            hi[0] = hi[0] > m ? hi[0] : m;
+            lo[0] = lo[0] < below ? lo[0] : below;
+            zero[0] += m == 0;
+        }
+        for (w = GM_SUMS / 2; w; w /= 2)
+            for (j = 0; j < w; j++) {
+                acc[j] += acc[j + w];
+                hi[j] = hi[j] > hi[j + w] ? hi[j] : hi[j + w];
+                lo[j] = lo[j] < lo[j + w] ? lo[j] : lo[j + w];
+                zero[j] += zero[j + w];
+            }
+        out->squares = acc[0];
+        out->most = hi[0];
+        out->least = lo[0] == UINT32_MAX ? UINT64_MAX : lo[0];
+        out->zeros = zero[0];
+    }
+
+    GM_VECTORS static void gm_block64(const uint64_t *GM_RESTRICT x, size_t n, gm_block *out)
+    {
+        double acc[GM_SUMS] = {0};
+        uint64_t hi[GM_SUMS] = {0}, lo[GM_SUMS], zero[GM_SUMS] = {0};
+        size_t i, whole = n - n % GM_SUMS;
+        int j, w;
+        for (j = 0; j < GM_SUMS; j++) lo[j] = UINT64_MAX;
+        for (i = 0; i < whole; i += GM_SUMS)
+            for (j = 0; j < GM_SUMS; j++) {
+                uint64_t m = x[i + j] & GM_ABS64, below = m - 1;
+                double f;
+                memcpy(&f, &m, 8);
+                acc[j] += f * f;
+                hi[j] = hi[j] > m ? hi[j] : m;
+                lo[j] = lo[j] < below ? lo[j] : below;
+                zero[j] += m == 0;
+            }
+        for (; i < n; i++) {
+            uint64_t m = x[i] & GM_ABS64, below = m - 1;
+            double f;
+            memcpy(&f, &m, 8);
+            acc[i - whole] += f * f;
+            hi[0] = hi[0] > m ? hi[0] : m;
+            lo[0] = lo[0] < below ? lo[0] : below;
+            zero[0] += m == 0;
+        }
+        for (w = GM_SUMS / 2; w; w /= 2)
+            for (j = 0; j < w; j++) {
+                acc[j] += acc[j + w];
+                hi[j] = hi[j] > hi[j + w] ? hi[j] : hi[j + w];
+                lo[j] = lo[j] < lo[j + w] ? lo[j] : lo[j + w];
+                zero[j] += zero[j + w];
+            }
+        out->squares = acc[0];
+        out->most = hi[0];
+        out->least = lo[0];
+        out->zeros = zero[0];
+    }
+
+    /* What each element adds to its entry: 2**40 + low bits, and the square of these. */
+    GM_VECTORS static void gm_addends(const uint32_t *GM_RESTRICT x, size_t n, uint32_t *GM_RESTRICT bin,
+                                      uint64_t *GM_RESTRICT add)
+    {
+        size_t i;
+        for (i = 0; i < n; i++) {
+            uint32_t m = x[i] & 0x7fffffffu;
+            uint64_t low = m & 0xfffffu;
+            bin[i] = m >> 20;
+            add[2 * i] = GM_ONE + low;
+            add[2 * i + 1] = low * low;
+        }
+    }
+
+    #if defined(__GNUC__)
+    typedef uint64_t gm_pair __attribute__((vector_size(16), aligned(8), may_alias));
+    #define GM_ADD(to, from) { *(gm_pair *)(to) += *(const gm_pair *)(from); }
+    #else
+    #define GM_ADD(to, from) { (to)[0] += (from)[0]; (to)[1] += (from)[1]; }
+    #endif
+
+    /* Four entries to a bin, so that equal neighbours do not wait for each other's store. */
+    static void gm_tally32(const uint32_t *x, size_t n, uint64_t *table)
+    {
+        uint32_t bin[GM_PART];
+        uint64_t add[2 * GM_PART];
+        size_t at, i, size;
+        for (at = 0; at < n; at += GM_PART) {
+            size = n - at < GM_PART ? n - at : GM_PART;
+            gm_addends(x + at, size, bin, add);
+            for (i = 0; i + 4 <= size; i += 4) {
+                GM_ADD(table + 8 * bin[i], add + 2 * i)
+                GM_ADD(table + 8 * bin[i + 1] + 2, add + 2 * i + 2)
+                GM_ADD(table + 8 * bin[i + 2] + 4, add + 2 * i + 4)
+                GM_ADD(table + 8 * bin[i + 3] + 6, add + 2 * i + 6)
+            }
+            for (; i < size; i++) GM_ADD(table + 8 * bin[i], add + 2 * i)
+        }
+    }
+
+    /* Moments of the position within a bin, from 0 to 1. */
+    typedef struct { uint64_t count; double sum, squares; } gm_bin;
+
+    static void gm_tally64(const uint64_t *x, size_t n, gm_bin *table)
+    {
+        size_t i;
+        for (i = 0; i < n; i++) {
+            gm_bin *bin = table + (x[i] >> 49 & 0x3fff);
+            double at = (double)(int64_t)(x[i] & 0x1ffffffffffffull) * 0x1p-49;
+            bin->count += 1;
+            bin->sum += at;
+            bin->squares += at * at;
+        }
+    }
+
+    GM_VECTORS static void gm_widen_bfloat16(const uint16_t *GM_RESTRICT x, size_t n, uint32_t *GM_RESTRICT out)
+    {
+        size_t i;
+        for (i = 0; i < n; i++) out[i] = (uint32_t)x[i] << 16;
+    }
+
+    /* Integers and normal floats alone, so that it does not matter whether the processor takes subnormals for zeros. */
+    GM_VECTORS static void gm_widen_float16(const uint16_t *GM_RESTRICT x, size_t n, uint32_t *GM_RESTRICT out)
+    {
+        size_t i;
+        for (i = 0; i < n; i++) {
+            uint32_t m = x[i] & 0x7fffu, normal = (m << 13) + (112u << 23), high = normal + (112u << 23), small;
+            float f = (float)(int32_t)m * 0x1p-24f;
+            memcpy(&small, &f, 4);
+            out[i] = m >= 0x7c00u ? high : m < 0x400u ? small : normal;
+        }
+    }
+
+    static void gm_widen_byte(const uint8_t *x, size_t n, const uint32_t *value, uint32_t *out)
+    {
+        size_t i;
+        for (i = 0; i < n; i++) out[i] = value[x[i] & 0x7f];
+    }
+
+    /* The sums of squares of a - b, of floats and of doubles. */
+    GM_VECTORS static double gm_difference32(const float *GM_RESTRICT a, const float *GM_RESTRICT b, size_t n)
+    {
+        double acc[GM_SUMS] = {0};
+        size_t i, whole = n - n % GM_SUMS;
+        int j, w;
+        for (i = 0; i < whole; i += GM_SUMS)
+            for (j = 0; j < GM_SUMS; j++) {
+                double d = (double)a[i + j] - (double)b[i + j];
+                acc[j] += d * d;
+            }
+        for (; i < n; i++) {
+            double d = (double)a[i] - (double)b[i];
+            acc[i - whole] += d * d;
+        }
+        for (w = GM_SUMS / 2; w; w /= 2)
+            for (j = 0; j < w; j++) acc[j] += acc[j + w];
+        return acc[0];
+    }
+
+    GM_VECTORS static double gm_difference64(const double *GM_RESTRICT a, const double *GM_RESTRICT b, size_t n)
+    {
+        double acc[GM_SUMS] = {0};
+        size_t i, whole = n - n % GM_SUMS;
+        int j, w;
+        for (i = 0; i < whole; i += GM_SUMS)
+            for (j = 0; j < GM_SUMS; j++) {
+                double d = a[i + j] - b[i + j];
+                acc[j] += d * d;
+            }
+        for (; i < n; i++) {
+            double d = a[i] - b[i];
+            acc[i - whole] += d * d;
+        }
+        for (w = GM_SUMS / 2; w; w /= 2)
+            for (j = 0; j < w; j++) acc[j] += acc[j + w];
+        return acc[0];
+    }
+    """
+    ctypedef struct gm_block:
+        double squares
+        uint64_t most
+        uint64_t least
+        uint64_t zeros
+    ctypedef struct gm_bin:
+        uint64_t count
+        double sum
+        double squares
+    const uint64_t GM_ABS64
+    const uint64_t GM_INF64
+    void gm_block32(const uint32_t *x, size_t n, gm_block *out) nogil
+    void gm_block64(const uint64_t *x, size_t n, gm_block *out) nogil
+    void gm_tally32(const uint32_t *x, size_t n, uint64_t *table) nogil
+    void gm_tally64(const uint64_t *x, size_t n, gm_bin *table) nogil
+    void gm_widen_bfloat16(const uint16_t *x, size_t n, uint32_t *out) nogil
+    void gm_widen_float16(const uint16_t *x, size_t n, uint32_t *out) nogil
+    void gm_widen_byte(const uint8_t *x, size_t n, const uint32_t *value, uint32_t *out) nogil
+    double gm_difference32(const float *a, const float *b, size_t n) nogil
+    double gm_difference64(const double *a, const double *b, size_t n) nogil
+
+
+cdef enum:
+    FLOAT64 = 0
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+    E4M3FN = 4
+    E5M2 = 5
+    BLOCK = 2048
+    BINS32 = 2048
+    BINS64 = 16384
+    # The fine bin of a float32's top 11 bits is these plus (1023 - 127) octaves.
+    OFFSET32 = 896 * 8
+    # An entry of 64 bits holds fewer than 2**20 float32 elements.
+    FOLD = (1 << 20) - BLOCK
+    OCTAVES_KEPT = 40
+    # The code of a bin is its number within its level, from here on: see gradscope.trace.bins.
+    LEVEL4 = 16384
+    LEVEL2 = 24576
+    LEVEL1 = 28672
+    BELOW = 30720
+    # Of one tensor at most: kept octaves of 8 bins, the one below, and repetitions.
+    BINS_AT_MOST = (OCTAVES_KEPT + 1) * 8 + 1
+    TWO_THREADS = 1 << 20
+    GIL_ELEMENTS = 1 << 14
+
+cdef dict KINDS = {
+    # name: kind, bytes
+    "float64": (FLOAT64, 8),
+    "float32": (FLOAT32, 4),
+    "float16": (FLOAT16, 2),
+    "bfloat16": (BFLOAT16, 2),
+    "float8_e4m3fn": (E4M3FN, 1),
+    "float8_e5m2": (E5M2, 1),
+}
+
+# The float32 of every float8, by its bits without the sign.
+cdef uint32_t[2][128] BYTES
+
+
+cdef void fill_byte_table(uint32_t *table, int mantissa_bits, int bias, int first_nonfinite, bint has_inf) noexcept:
+    cdef int i, exponent, fraction
+    cdef float value
+    for i in range(128):
+        exponent = i >> mantissa_bits
+        fraction = i & ((1 << mantissa_bits) - 1)
+        if i >= first_nonfinite:
+            table[i] = 0x7F800000 if has_inf and i == first_nonfinite else 0x7FC00000
+        else:
+            if exponent:
+                fraction += 1 << mantissa_bits
+                exponent -= 1
+            value = fraction * 2.0 ** (exponent + 1 - bias - mantissa_bits)
+            memcpy(&table[i], &value, 4)
+
+
+fill_byte_table(&BYTES[0][0], 3, 7, 0x7F, False)
+fill_byte_table(&BYTES[1][0], 2, 15, 0x7C, True)
+
+
+cdef struct Totals:
+    double squares
+    double lost
+    uint64_t most
+    uint64_t zeros
+    uint64_t nan
+    uint64_t inf
+
+
+cdef struct StoredBin:
+    uint32_t count
+    float mean
+    float spread
+    uint16_t code
+
+
+cdef struct Piece:
+    # A range of one tensor's elements; ``whole`` unless another thread has the rest.
+    Py_ssize_t tensor
+    const char *data
+    uint64_t numel
+    int kind
+    int itemsize
+    bint whole
+
+
+cdef inline void add_compensated(double *total, double *lost, double x) noexcept nogil:
+    """Knuth's two-sum: ``total + lost`` is the sum to about one rounding."""
+    cdef double t = total[0] + x
+    cdef double part = t - total[0]
+    lost[0] += (total[0] - (t - part)) + (x - part)
+    total[0] = t
+
+
+cdef const uint32_t *widened(const char *data, size_t n, int kind, uint32_t *room) noexcept nogil:
+    """n elements of at most 32 bits as the bits of float32, where they lie or in ``room``."""
+    if kind == FLOAT32:
+        if <size_t>data % 4 == 0:
+            return <const uint32_t *>data
+        memcpy(room, data, 4 * n)
+    elif kind == BFLOAT16:
+        gm_widen_bfloat16(<const uint16_t *>data, n, room)
+    elif kind == FLOAT16:
+        gm_widen_float16(<const uint16_t *>data, n, room)
+    else:
+        gm_widen_byte(<const uint8_t *>data, n, &BYTES[0 if kind == E4M3FN else 1][0], room)
+    return room
+
+
+cdef const uint64_t *aligned64(const char *data, size_t n, uint32_t *room) noexcept nogil:
+    if <size_t>data % 8 == 0:
+        return <const uint64_t *>data
+    memcpy(room, data, 8 * n)
+    return <const uint64_t *>room
+
+
+cdef struct FineBins:
+    # Those outside of [first, last] are empty.
+    gm_bin *bins
+    size_t first
+    size_t last
+
+
+cdef inline void reach(FineBins *fine, size_t first, size_t last) noexcept nogil:
+    if first < fine.first:
+        fine.first = first
+    if last > fine.last:
+        fine.last = last
+
+
+cdef void clear(FineBins *fine) noexcept nogil:
+    if fine.first <= fine.last:
+        memset(fine.bins + fine.first, 0, (fine.last - fine.first + 1) * sizeof(gm_bin))
+    fine.first = BINS64
+    fine.last = 0
+
+
+cdef void move(FineBins *source, FineBins *into) noexcept nogil:
+    """Adds everything to ``into`` and empties ``source``."""
+    cdef size_t i
+    cdef const gm_bin *bin
+    if source.first > source.last:
+        return
+    reach(into, source.first, source.last)
+    for i in range(source.first, source.last + 1):
+        bin = &source.bins[i]
+        if bin.count:
+            into.bins[i].count += bin.count
+            into.bins[i].sum += bin.sum
+            into.bins[i].squares += bin.squares
+    clear(source)
+
+
+cdef class Tally:
+    """One thread's tables."""
+
+    cdef uint64_t *table32
+    # The range of table32 besides entry 0, which takes the zeros.
+    cdef size_t first32, last32
+    cdef size_t pending
+    cdef FineBins recent, tensor, group
+    cdef Totals *totals
+    cdef StoredBin *stored
+    cdef size_t stored_size, stored_capacity
+    # Where a tensor's stored bins start and how many they are.
+    cdef size_t *starts
+    cdef size_t *sizes
+    cdef bint no_memory
+    cdef uint32_t *room
+    cdef uint32_t *kept
+
+    def __cinit__(self, Py_ssize_t tensors):
+        self.table32 = <uint64_t *>calloc(8 * BINS32, 8)
+        self.room = <uint32_t *>malloc(8 * BLOCK)
+        self.kept = <uint32_t *>malloc(8 * BLOCK)
+        self.totals = <Totals *>calloc(tensors + 1, sizeof(Totals))
+        self.starts = <size_t *>calloc(tensors + 1, sizeof(size_t))
+        self.sizes = <size_t *>calloc(tensors + 1, sizeof(size_t))
+        self.first32 = BINS32
+        self.recent = self.tensor = self.group = FineBins(NULL, BINS64, 0)
+        self.recent.bins = <gm_bin *>calloc(BINS64, sizeof(gm_bin))
+        self.tensor.bins = <gm_bin *>calloc(BINS64, sizeof(gm_bin))
+        self.group.bins = <gm_bin *>calloc(BINS64, sizeof(gm_bin))
+        if not (self.recent.bins and self.tensor.bins and self.group.bins):
+            raise MemoryError
+        if not (self.table32 and self.room and self.kept and self.totals and self.starts and self.sizes):
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.recent.bins)
+        free(self.tensor.bins)
+        free(self.group.bins)
+        free(self.table32)
+        free(self.room)
+        free(self.kept)
+        free(self.totals)
+        free(self.starts)
+        free(self.sizes)
+        free(self.stored)
+
+    cdef void run(self, const Piece *pieces, Py_ssize_t n, Py_ssize_t step, int spectra) noexcept nogil:
+        """Measures n pieces, the first at ``pieces`` and the others every ``step``.
+
+        With spectra = 1 their bins are then in ``group``, with 2 those of every whole tensor also in ``stored``; a
+        part of a tensor comes last and stays in ``tensor``.
+        """
+        cdef Py_ssize_t i
+        cdef const Piece *piece
+        self.stored_size = 0
+        for i in range(n):
+            piece = pieces + i * step
+            self.add(piece, spectra)
+            if spectra == 2:
+                self.fold(&self.tensor)
+                if piece.whole:
+                    self.store(piece.tensor, &self.tensor)
+                    move(&self.tensor, &self.group)
+        if spectra == 1:
+            self.fold(&self.group)
+
+    cdef void add(self, const Piece *piece, int spectra) noexcept nogil:
+        cdef Totals *totals = &self.totals[piece.tensor]
+        cdef uint64_t at = 0
+        cdef size_t size
+        cdef const char *data
+        while at < piece.numel:
+            size = BLOCK if piece.numel - at > BLOCK else piece.numel - at
+            data = piece.data + at * piece.itemsize
+            if self.pending > FOLD:
+                self.fold(&self.tensor if spectra == 2 else &self.group)
+            if piece.kind == FLOAT64:
+                self.add_float64(aligned64(data, size, self.room), size, totals, spectra > 0)
+            else:
+                self.add_float32(widened(data, size, piece.kind, self.room), size, totals, spectra > 0)
+            at += size
+
+    cdef void add_float32(self, const uint32_t *x, size_t n, Totals *totals, bint tally) noexcept nogil:
+        cdef gm_block block
+        cdef float value
+        cdef double top
+        cdef uint32_t bits
+        cdef uint64_t most
+        gm_block32(x, n, &block)
+        if block.most >= 0x7F800000 or block.least < 0x007FFFFF:
+            n = self.only_normal32(x, n, totals, tally)
+            x = self.kept
+            gm_block32(x, n, &block)
+        totals.zeros += block.zeros
+        if block.most == 0:
+            return
+        add_compensated(&totals.squares, &totals.lost, block.squares)
+        bits = <uint32_t>block.most
+        memcpy(&value, &bits, 4)
+        top = value
+        memcpy(&most, &top, 8)
+        if most > totals.most:
+            totals.most = most
+        if tally:
+            gm_tally32(x, n, self.table32)
+            self.pending += n
+            if (block.least + 1) >> 20 < self.first32:
+                self.first32 = (block.least + 1) >> 20
+            if block.most >> 20 > self.last32:
+                self.last32 = block.most >> 20
+
+    cdef size_t only_normal32(self, const uint32_t *x, size_t n, Totals *totals, bint tally) noexcept nogil:
+        """Copies the zeros and normal numbers of a block to ``kept``; counts the others where they belong."""
+        cdef size_t i, left = 0
+        cdef uint32_t m
+        cdef double value
+        cdef uint64_t bits
+        for i in range(n):
+            m = x[i] & 0x7FFFFFFF
+            if m > 0x7F800000:
+                totals.nan += 1
+            elif m == 0x7F800000:
+                totals.inf += 1
+            elif m == 0 or m >= 0x00800000:
+                self.kept[left] = m
+                left += 1
+            else:
+                # By way of the integer, since somebody may have told the processor to take subnormals for zeros.
+                value = <double>m * 2.0 ** -149
+                memcpy(&bits, &value, 8)
+                add_compensated(&totals.squares, &totals.lost, value * value)
+                if bits > totals.most:
+                    totals.most = bits
+                if tally:
+                    reach(&self.recent, bits >> 49, bits >> 49)
+                    gm_tally64(&bits, 1, self.recent.bins)
+                    self.pending += 1
+        return left
+
+    cdef void add_float64(self, const uint64_t *x, size_t n, Totals *totals, bint tally) noexcept nogil:
+        cdef gm_block block
+        cdef uint64_t *kept = <uint64_t *>self.kept
+        cdef uint64_t m
+        cdef size_t i, left = 0
+        gm_block64(x, n, &block)
+        if block.most >= GM_INF64 or block.zeros:
+            for i in range(n):
+                m = x[i] & GM_ABS64
+                if m > GM_INF64:
+                    totals.nan += 1
+                elif m == GM_INF64:
+                    totals.inf += 1
+                elif m == 0:
+                    totals.zeros += 1
+                else:
+                    kept[left] = m
+                    left += 1
+            n = left
+            x = kept
+            gm_block64(x, n, &block)
+        if n == 0:
+            return
+        if totals.squares + block.squares < NO_SQUARES:
+            add_compensated(&totals.squares, &totals.lost, block.squares)
+        else:
+            totals.squares = NO_SQUARES
+            totals.lost = 0.0
+        if block.most > totals.most:
+            totals.most = block.most
+        if tally:
+            reach(&self.recent, (block.least + 1) >> 49, block.most >> 49)
+            gm_tally64(x, n, self.recent.bins)
+            self.pending += n
+
+    cdef void fold(self, FineBins *into) noexcept nogil:
+        """Moves what is in the tables to ``into``."""
+        cdef size_t i
+        cdef uint64_t *entry
+        cdef uint64_t packed
+        cdef gm_bin *bin
+        move(&self.recent, into)
+        for i in range(8):
+            self.table32[i] = 0
+        if self.first32 <= self.last32:
+            reach(into, self.first32 + OFFSET32, self.last32 + OFFSET32)
+            for i in range(self.first32, self.last32 + 1):
+                entry = self.table32 + 8 * i
+                packed = entry[0] + entry[2] + entry[4] + entry[6]
+                if packed:
+                    bin = &into.bins[i + OFFSET32]
+                    bin.count += packed >> 40
+                    bin.sum += <double><int64_t>(packed & ((1ull << 40) - 1)) * 2.0 ** -20
+                    bin.squares += <double><int64_t>(entry[1] + entry[3] + entry[5] + entry[7]) * 2.0 ** -40
+                    entry[0] = entry[1] = entry[2] = entry[3] = entry[4] = entry[5] = entry[6] = entry[7] = 0
+            self.first32 = BINS32
+            self.last32 = 0
+        self.pending = 0
+
+    cdef size_t store(self, Py_ssize_t slot, FineBins *bins) noexcept nogil:
+        """Stores ``bins`` as those of the tensor ``slot``."""
+        cdef size_t repeats = bins_repeated(bins)
+        cdef size_t capacity = 2 * (self.stored_size + BINS_AT_MOST + repeats)
+        cdef StoredBin *more
+        if self.stored_size + BINS_AT_MOST + repeats > self.stored_capacity:
+            more = <StoredBin *>realloc(self.stored, capacity * sizeof(StoredBin))
+            if not more:
+                self.no_memory = True
+                return 0
+            self.stored = more
+            self.stored_capacity = capacity
+        self.starts[slot] = self.stored_size
+        self.sizes[slot] = emit_bins(bins, self.stored + self.stored_size)
+        self.stored_size += self.sizes[slot]
+        return self.sizes[slot]
+
+
+cdef double NO_SQUARES = float("inf")
+
+
+cdef size_t bins_repeated(FineBins *bins) noexcept nogil:
+    """How many bins more than BINS_AT_MOST it may take, because a count has 32 bits."""
+    cdef uint64_t total = 0
+    cdef size_t i
+    if bins.first <= bins.last:
+        for i in range(bins.first, bins.last + 1):
+            total += bins.bins[i].count
+    return total // UINT32_MAX
+
+
+cdef size_t emit_bin(StoredBin *out, uint16_t code, uint64_t count, double sum, double squares) noexcept nogil:
+    """One bin from the moments of the position in it; as often as its count takes."""
+    cdef double mean = sum / <double>count
+    cdef double spread = squares / <double>count - mean * mean
+    cdef size_t k = 0
+    if spread < 0.0:
+        spread = 0.0
+    while count:
+        out[k].code = code
+        out[k].count = <uint32_t>(UINT32_MAX if count > UINT32_MAX else count)
+        out[k].mean = <float>mean
+        out[k].spread = <float>spread
+        count -= out[k].count
+        k += 1
+    return k
+
+
+cdef size_t emit_octave(StoredBin *out, const gm_bin *fine, size_t octave, int width, uint16_t level) noexcept nogil:
+    """The bins of an octave, each of ``width`` fine ones, from the top down."""
+    cdef size_t k = 0
+    cdef int j = 8, within
+    cdef uint64_t count
+    cdef double sum, squares, share = 1.0 / width
+    while j > 0:
+        j -= width
+        count = 0
+        sum = squares = 0.0
+        for within in range(width):
+            count += fine[j + within].count
+            sum += within * <double>fine[j + within].count + fine[j + within].sum
+            squares += (
+                within * (within * <double>fine[j + within].count + 2.0 * fine[j + within].sum) + fine[j + within].squares
+            )
+        if count:
+            k += emit_bin(
+                out + k, <uint16_t>(level + (octave * 8 + j) // width), count, sum * share, squares * (share * share)
+            )
+    return k
+
+
+cdef size_t emit_bins(FineBins *bins, StoredBin *out) noexcept nogil:
+    """Writes what is stored of fine bins, from the top down; returns how many bins that are.
+
+    Clipping at v makes every element above v equal to v.  So where few elements lie in an octave beside those above,
+    it matters little to the clipped gradient how those few are split, and the octave may be coarse.
+    """
+    cdef size_t k = 0, octave, top, last
+    cdef uint64_t above = 0, inside
+    cdef const gm_bin *fine
+    cdef int j
+    if bins.first > bins.last:
+        return 0
+    top = bins.last >> 3
+    last = bins.first >> 3
+    if top > last + OCTAVES_KEPT:
+        last = top - OCTAVES_KEPT
+    octave = top + 1
+    while octave > last:
+        octave -= 1
+        fine = bins.bins + 8 * octave
+        inside = 0
+        for j in range(8):
+            inside += fine[j].count
+        if inside == 0:
+            continue
+        above += inside
+        if inside <= above // 32:
+            k += emit_octave(out + k, fine, octave, 8, LEVEL1)
+        elif inside <= above // 8:
+            k += emit_octave(out + k, fine, octave, 4, LEVEL2)
+        elif inside <= above // 2:
+            k += emit_octave(out + k, fine, octave, 2, LEVEL4)
+        else:
+            k += emit_octave(out + k, fine, octave, 1, 0)
+    if bins.first < 8 * last:
+        k += emit_below(bins, last, out + k)
+    return k
+
+
+cdef size_t emit_below(FineBins *bins, size_t octave, StoredBin *out) noexcept nogil:
+    """One bin for everything below an octave."""
+    cdef uint64_t count = 0
+    cdef double sum = 0.0, squares = 0.0, unit, base, c
+    cdef size_t i
+    cdef const gm_bin *bin
+    for i in range(bins.first, 8 * octave):
+        bin = &bins.bins[i]
+        if bin.count:
+            count += bin.count
+            c = <double>bin.count
+            # In units of the octave's edge; the octave 0 is as linear as the next, but starts at 0.
+            unit = 2.0 ** -(3.0 + <double>(octave - (i >> 3 if i >= 8 else 1)))
+            base = (8 if i >= 8 else 0) + <double>(i & 7)
+            sum += (base * c + bin.sum) * unit
+            squares += (base * (base * c + 2.0 * bin.sum) + bin.squares) * (unit * unit)
+    return emit_bin(out, <uint16_t>(BELOW + octave), count, sum, squares)
+
+
+cdef char *copy_column(char *to, Tally tally, size_t slot, int column) noexcept:
+    """One of count, mean, spread and code of the bins stored at ``slot``; returns where the next column goes."""
+    cdef size_t i, n = tally.sizes[slot]
+    cdef const StoredBin *bins = tally.stored + tally.starts[slot]
+    for i in range(n):
+        if column == 0:
+            (<uint32_t *>to)[i] = bins[i].count
+        elif column == 1:
+            (<float *>to)[i] = bins[i].mean
+        elif column == 2:
+            (<float *>to)[i] = bins[i].spread
+        else:
+            (<uint16_t *>to)[i] = bins[i].code
+    return to + n * (2 if column == 3 else 4)
+
+
+cdef class Tensors:
+    """Tensors of known size and dtype, wherever they lie."""
+
+    cdef Py_ssize_t tensors
+    cdef Piece *pieces
+    cdef uint64_t elements
+
+    def __cinit__(self, numels, dtypes, *_):
+        cdef Py_ssize_t i
+        self.tensors = len(numels)
+        if len(dtypes) != self.tensors:
+            raise ValueError(f"{self.tensors} sizes, but {len(dtypes)} dtypes")
+        self.pieces = <Piece *>calloc(self.tensors + 1, sizeof(Piece))
+        if not self.pieces:
+            raise MemoryError
+        for i in range(self.tensors):
+            if dtypes[i] not in KINDS:
+                raise ValueError(f"unknown dtype {dtypes[i]!r}; known: {', '.join(KINDS)}")
+            self.pieces[i].kind, self.pieces[i].itemsize = KINDS[dtypes[i]]
+            self.pieces[i].numel = numels[i]
+
+    def __dealloc__(self):
+        free(self.pieces)
+
+    cdef int point(self, list pointers, Piece *pieces) except -1:
+        """Fills ``pieces`` with the tensors that are there and returns their number."""
+        cdef Py_ssize_t i
+        cdef int n = 0
+        cdef size_t address
+        if len(pointers) != self.tensors:
+            raise ValueError(f"{len(pointers)} pointers for {self.tensors} tensors")
+        self.elements = 0
+        for i in range(self.tensors):
+            address = pointers[i]
+            if address or self.pieces[i].numel == 0:
+                pieces[n] = self.pieces[i]
+                pieces[n].tensor = i
+                pieces[n].data = <const char *>address
+                pieces[n].whole = True
+                self.elements += pieces[n].numel
+                n += 1
+        return n
+
+
+cdef class GradientTally(Tensors):
+    """Measures the gradients of one clip group; not to be shared between threads.
+
+    ``numels`` and ``dtypes`` are those of its tensors.
+    """
+
+    cdef Piece *present
+    cdef Tally tally, second
+
+    def __init__(self, numels, dtypes):
+        # One more, for the half of a tensor that is divided between threads.
+        self.present = <Piece *>calloc(self.tensors + 2, sizeof(Piece))
+        if not self.present:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.present)
+
+    def measure(self, list pointers not None, int spectra):
+        """``(data, group bins, tensor bins)`` of the tensors at these addresses; 0 is a tensor without a gradient.
+
+        ``data`` holds, one after the other: sum_squares and max_abs (float64), zeros, nan and inf (int64) [tensors];
+        count (uint32), mean and spread (float32) of the group's bins, then of the tensors'; how many bins each tensor
+        has (int32); and the codes (uint16) of both.  ``spectra``: 0 none, 1 the group's, 2 the tensors' too.
+        """
+        cdef Py_ssize_t n = self.point(pointers, self.present), cut = self.tensors
+        cdef Py_ssize_t i
+        cdef Tally tally = self.tally or Tally(self.tensors)
+        # An interrupt leaves half-filled tables, which then are no longer anybody's.
+        self.tally = None
+        for i in range(self.tensors):
+            tally.totals[i] = Totals(NAN, 0.0, 0, 0, 0, 0)
+        for i in range(n):
+            tally.totals[self.present[i].tensor].squares = 0.0
+        if self.elements > TWO_THREADS and (os.cpu_count() or 1) > 1:
+            cut = self.measure_in_two(tally, n, spectra)
+        elif self.elements > GIL_ELEMENTS:
+            with nogil:
+                tally.run(self.present, n, 1, spectra)
+        else:
+            tally.run(self.present, n, 1, spectra)
+        if spectra:
+            tally.store(self.tensors, &tally.group)
+            clear(&tally.group)
+        if tally.no_memory or (cut < self.tensors and self.second.no_memory):
+            raise MemoryError
+        data = self.pack(tally, cut, spectra)
+        self.tally = tally
+        return data
+
+    cdef Py_ssize_t measure_in_two(self, Tally tally, Py_ssize_t n, int spectra) except -1:
+        """Measures one half of the elements in a second thread; returns the last tensor whose bins ``tally`` has.
+
+        That thread goes backwards, so that the tensor that they share is the last of both.
+        """
+        cdef Piece *pieces = self.present
+        cdef uint64_t first = self.elements // 2
+        cdef Py_ssize_t shared = 0, i
+        cdef Tally second = self.second or Tally(self.tensors)
+        self.second = None
+        while first >= pieces[shared].numel:
+            first -= pieces[shared].numel
+            shared += 1
+        for i in range(n, shared, -1):
+            pieces[i] = pieces[i - 1]
+        pieces[shared].numel = first
+        pieces[shared].whole = False
+        pieces[shared + 1].numel -= first
+        pieces[shared + 1].data += first * pieces[shared].itemsize
+        pieces[shared + 1].whole = False
+        for i in range(shared + 1, n + 1):
+            second.totals[pieces[i].tensor] = Totals(0.0, 0.0, 0, 0, 0, 0)
+        work = threading.Thread(target=self.run_backwards, args=(second, n, n - shared, spectra))
+        work.start()
+        with nogil:
+            tally.run(pieces, shared + 1, 1, spectra)
+        work.join()
+        for i in range(shared + 1, n + 1):
+            add_totals(&tally.totals[pieces[i].tensor], &second.totals[pieces[i].tensor])
+        if spectra == 2:
+            move(&second.tensor, &tally.tensor)
+            tally.store(pieces[shared].tensor, &tally.tensor)
+            move(&tally.tensor, &tally.group)
+        move(&second.group, &tally.group)
+        self.second = second
+        return pieces[shared].tensor
+
+    def run_backwards(self, Tally tally not None, Py_ssize_t last, Py_ssize_t n, int spectra):
+        """What the second thread does."""
+        with nogil:
+            tally.run(self.present + last, n, -1, spectra)
+
+    cdef pack(self, Tally tally, Py_ssize_t cut, int spectra):
+        cdef Py_ssize_t n = self.tensors, i, column
+        cdef size_t of_group = tally.sizes[n] if spectra else 0, of_tensors = 0, size
+        cdef Tally stored
+        cdef double *totals
+        cdef int64_t *counts
+        cdef char *at
+        cdef int32_t *sizes
+        if spectra == 2:
+            for i in range(n):
+                stored = tally if i <= cut else self.second
+                if tally.totals[i].squares != tally.totals[i].squares:
+                    stored.sizes[i] = 0
+                of_tensors += stored.sizes[i]
+        size = 40 * n + 14 * (of_group + of_tensors) + (4 * n if spectra == 2 else 0)
+        data = PyBytes_FromStringAndSize(NULL, size)
+        totals = <double *>PyBytes_AS_STRING(data)
+        counts = <int64_t *>(totals + 2 * n)
+        for i in range(n):
+            totals[i] = tally.totals[i].squares + tally.totals[i].lost
+            memcpy(&totals[n + i], &tally.totals[i].most, 8)
+            counts[i] = <int64_t>tally.totals[i].zeros
+            counts[n + i] = <int64_t>tally.totals[i].nan
+            counts[2 * n + i] = <int64_t>tally.totals[i].inf
+        at = <char *>(counts + 3 * n)
+        for column in range(3):
+            at = copy_column(at, tally, n, column) if spectra else at
+        for column in range(3 if spectra == 2 else 0):
+            for i in range(n):
+                at = copy_column(at, tally if i <= cut else self.second, i, column)
+        if spectra == 2:
+            sizes = <int32_t *>at
+            for i in range(n):
+                sizes[i] = <int32_t>(tally if i <= cut else self.second).sizes[i]
+            at += 4 * n
+        at = copy_column(at, tally, n, 3) if spectra else at
+        for i in range(n if spectra == 2 else 0):
+            at = copy_column(at, tally if i <= cut else self.second, i, 3)
+        return data, of_group, of_tensors
+
+
+cdef void add_totals(Totals *to, const Totals *more) noexcept nogil:
+    if to.squares + more.squares < NO_SQUARES:
+        add_compensated(&to.squares, &to.lost, more.squares)
+        to.lost += more.lost
+    else:
+        to.squares = NO_SQUARES
+        to.lost = 0.0
+    if more.most > to.most:
+        to.most = more.most
+    to.zeros += more.zeros
+    to.nan += more.nan
+    to.inf += more.inf
+
+
+cdef double square_root_of_squares(const Piece *piece, uint32_t *room) noexcept nogil:
+    """The L2 norm of all elements, NaN and Inf included."""
+    cdef uint64_t at = 0
+    cdef size_t size
+    cdef const char *data
+    cdef gm_block block
+    cdef double total = 0.0
+    while at < piece.numel:
+        size = BLOCK if piece.numel - at > BLOCK else piece.numel - at
+        data = piece.data + at * piece.itemsize
+        if piece.kind == FLOAT64:
+            gm_block64(aligned64(data, size, room), size, &block)
+        else:
+            gm_block32(widened(data, size, piece.kind, room), size, &block)
+        total += block.squares
+        at += size
+    return sqrt(total)
+
+
+cdef double distance(const Piece *piece, const char *other, uint32_t *room, uint32_t *room2) noexcept nogil:
+    """The L2 norm of the difference to the elements at ``other``."""
+    cdef uint64_t at = 0
+    cdef size_t size
+    cdef const char *data
+    cdef const char *data2
+    cdef double total = 0.0
+    while at < piece.numel:
+        size = BLOCK if piece.numel - at > BLOCK else piece.numel - at
+        data = piece.data + at * piece.itemsize
+        data2 = other + at * piece.itemsize
+        if piece.kind == FLOAT64:
+            total += gm_difference64(
+                <const double *>aligned64(data, size, room), <const double *>aligned64(data2, size, room2), size
+            )
+        else:
+            total += gm_difference32(
+                <const float *>widened(data, size, piece.kind, room),
+                <const float *>widened(data2, size, piece.kind, room2),
+                size,
+            )
+        at += size
+    return sqrt(total)
+
+
+cdef class UpdateTally(Tensors):
+    """The norms of weights, and of what an optimizer step changes in them.
+
+    At most ``limit`` bytes are copied at a time: of more, every call takes the next tensors in turn, and one that is
+    larger by itself never.
+    """
+
+    cdef Piece *present
+    cdef char *copy
+    cdef int64_t *where
+    cdef readonly size_t limit
+    cdef size_t room
+    cdef Py_ssize_t turn
+    cdef uint32_t *rooms
+
+    def __init__(self, numels, dtypes, limit=256 << 20):
+        cdef Py_ssize_t i
+        cdef size_t wanted = 0
+        self.limit = limit
+        for i in range(self.tensors):
+            wanted += self.bytes_of(i)
+        self.room = wanted if wanted < self.limit else self.limit
+        self.present = <Piece *>calloc(self.tensors + 1, sizeof(Piece))
+        self.where = <int64_t *>malloc(8 * (self.tensors + 1))
+        self.rooms = <uint32_t *>malloc(16 * BLOCK)
+        self.copy = <char *>malloc(self.room + 1)
+        if not (self.present and self.where and self.rooms and self.copy):
+            raise MemoryError
+        for i in range(self.tensors):
+            self.where[i] = -1
+
+    def __dealloc__(self):
+        free(self.present)
+        free(self.where)
+        free(self.rooms)
+        free(self.copy)
+
+    cdef size_t bytes_of(self, Py_ssize_t i) noexcept nogil:
+        """Rounded up, so that copies stay aligned."""
+        return (self.pieces[i].numel * self.pieces[i].itemsize + 7) // 8 * 8
+
+    def before(self, list pointers not None):
+        """The norm of every tensor, NaN where its address is 0, as the bytes of float64; copies what has its turn."""
+        cdef int n = self.point(pointers, self.present), i
+        norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
+        cdef double *out = <double *>PyBytes_AS_STRING(norms)
+        for i in range(self.tensors):
+            out[i] = NAN
+            self.where[i] = -1
+        with nogil:
+            for i in range(n):
+                out[self.present[i].tensor] = square_root_of_squares(&self.present[i], self.rooms)
+            self.copy_in_turn(n)
+        return norms
+
+    cdef void copy_in_turn(self, int n) noexcept nogil:
+        cdef size_t used = 0, size
+        cdef int i, first = 0
+        cdef Py_ssize_t tensor, next_turn = -1
+        cdef const Piece *piece
+        while first < n and self.present[first].tensor < self.turn:
+            first += 1
+        for i in range(n):
+            piece = &self.present[(first + i) % n]
+            tensor = piece.tensor
+            size = self.bytes_of(tensor)
+            if used + size <= self.room:
+                memcpy(self.copy + used, piece.data, piece.numel * piece.itemsize)
+                self.where[tensor] = used
+                used += size
+            elif size <= self.room and next_turn < 0:
+                next_turn = tensor
+        self.turn = next_turn if next_turn >= 0 else 0
+
+    def after(self, list pointers not None):
+        """The norm of every tensor's change since ``before``, as the bytes of float64; NaN where it was not copied."""
+        cdef int n = self.point(pointers, self.present), i
+        norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
+        cdef double *out = <double *>PyBytes_AS_STRING(norms)
+        cdef Py_ssize_t tensor
+        for i in range(self.tensors):
+            out[i] = NAN
+        with nogil:
+            for i in range(n):
+                tensor = self.present[i].tensor
+                if self.where[tensor] >= 0:
+                    out[tensor] = distance(
+                        &self.present[i], self.copy + self.where[tensor], self.rooms, self.rooms + 2 * BLOCK
+                    )
+        return norms
