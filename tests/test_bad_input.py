@@ -102,11 +102,6 @@ FORMATS: dict[str, tuple[bytes, str]] = {
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(50), "no format that gradscope reads"),
     "prose": (b"One, two,\nthree.\n", "no format that gradscope reads"),
     "blank lines": (b"\n\n\n", "no format that gradscope reads"),
-    "csv": (b"step,loss,grad_norm\n1,0.5,2.0\n", "is CSV: reading norm logs is not supported yet"),
-    "jsonl": (b'{"step": 1, "grad_norm": 2.0}\n', "is JSON: reading norm logs"),
-    "trainer state": (b'{"best": null, "log_history": []}', "is the log of a Hugging Face Trainer: reading norm logs"),
-    "parquet": (b"PAR1" + bytes(50) + b"PAR1", "is a Parquet file: reading norm logs"),
-    "wandb": (b":W&B\x44\x00\x00" + bytes(50), "is a W&B run: reading norm logs"),
     "zip": (b"PK\x05\x06" + bytes(18), "without tensors"),
     "half a zip": (b"PK\x03\x04" + bytes(100), "truncated zip"),
     "pickle of nothing": (b"\x80\x04N.", "no floating-point tensors"),
@@ -123,28 +118,6 @@ def test_other_formats_are_named(tmp_path: Path, name: str) -> None:
     content, message = FORMATS[name]
     (tmp_path / "file").write_bytes(content)
     assert message in failure(tmp_path / "file").why
-
-
-def event_file(*tags: bytes) -> bytes:
-    first = b"\x09" + bytes(8) + b"\x1a\x0dbrain.Event:2"
-    return len(first).to_bytes(8, "little") + bytes(4) + first + bytes(4) + b"".join(bytes(20) + tag for tag in tags)
-
-
-@pytest.mark.parametrize(
-    ("tags", "message", "hint"),
-    [
-        ((b"grad_norm",), "reading TensorBoard event files is not supported yet", None),
-        ((b"rollout/ep_rew_mean",), "Stable-Baselines3, which logs no gradient norm", "gradscope record"),
-        ((b"Loss/value_function",), "rsl_rl, which logs no gradient norm", "gradscope record"),
-    ],
-)
-def test_event_files(tmp_path: Path, tags: tuple[bytes, ...], message: str, hint: str | None) -> None:
-    path = tmp_path / "events.out.tfevents.1.host.2.0"
-    path.write_bytes(event_file(*tags))
-    for source in (path, tmp_path):
-        error = failure(source)
-        assert message in error.why
-        assert (error.hint is None) == (hint is None) and (hint or "") in (error.hint or "")
 
 
 def test_traces_are_named(tmp_path: Path) -> None:

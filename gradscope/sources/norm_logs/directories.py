@@ -1,4 +1,4 @@
-"""Logs by the directory that holds them: a run's event files, or a Trainer's ``trainer_state.json``."""
+"""Logs by the directory that holds them: a Trainer's ``trainer_state.json``, a W&B run, or a run's event files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def is_event_file(name: str) -> bool:
 
 
 def log_in_directory(directory: Path) -> Path | list[Path] | None:
-    """The ``trainer_state.json`` in ``directory``, else the event files of the one run in or below it, else None.
+    """The log of a Trainer (its newest) or of W&B in ``directory``, else the event files of the one run in or below it.
 
     Raises:
         GradscopeError: there are several runs.
     """
-    if (directory / TRAINER_STATE).is_file():
-        return directory / TRAINER_STATE
+    for pattern in (TRAINER_STATE, f"checkpoint-*/{TRAINER_STATE}", "*.wandb"):
+        if found := sorted(directory.glob(pattern), key=lambda path: natural_order(str(path))):
+            return found[-1]
     runs = dict(_runs(directory))
     if len(runs) > 1:
         names = sorted((str(run.relative_to(directory)) for run in runs), key=natural_order)

@@ -20,6 +20,7 @@ from gradscope.sources.norm_logs.tags import Tags
 MAX_LINE = 16 << 20
 # Parsed JSON takes about ten times its size.
 MAX_DOCUMENT = 128 << 20
+BOM = b"\xef\xbb\xbf"
 LINES, DOCUMENT, TRAINER = "JSON Lines log", "JSON log", "Hugging Face Trainer log"
 
 
@@ -50,7 +51,7 @@ def read_json_log(region: FileRegion, what: str, tags: Tags) -> NormLog:
 def _is_record(line: bytes) -> bool:
     """Whether a first line is a record by itself, and so the file JSON Lines."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.removeprefix(BOM))
     except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and not any(isinstance(value, list) for value in record.values())
@@ -65,18 +66,19 @@ def _read_lines(stream: BinaryIO, what: str, tags: Tags) -> NormLog:
         if line.isspace():
             continue
         try:
-            record = json.loads(line)
+            # Decoded first: json would look for UTF-16 and UTF-32 in every line.
+            record = json.loads(line.removeprefix(BOM).decode("utf-8"))
         except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n") and not isinstance(error, RecursionError):
                 return records.log(LINES, f"The last line, {count(len(line))} bytes, is cut off and left out.")
             raise GradscopeError(what, f"line {number} is no JSON ({_fault(error)})") from None
-        records.add(record, f"line {number}")
+        records.add(record, number)
     return records.log(LINES)
 
 
 def _parsed(text: bytes, what: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix(BOM))
     except (ValueError, RecursionError) as error:
         raise GradscopeError(what, f"is damaged JSON ({_fault(error)})") from None
 

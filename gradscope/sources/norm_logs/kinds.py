@@ -25,10 +25,10 @@ def kind_of_log(region: FileRegion) -> Kind | None:
         return "W&B run"
     if b"\0" in head:
         return None
-    name = region.path.lower()
-    if head.lstrip()[:1] in (b"{", b"[") or (name.endswith(JSON_SUFFIXES) and head.strip()):
+    name, text = region.path.lower(), head.removeprefix(b"\xef\xbb\xbf").strip()
+    if text[:1] in (b"{", b"[") or (text and name.endswith(JSON_SUFFIXES)):
         return "JSON"
-    if name.endswith(CSV_SUFFIXES) and head.strip():
+    if text and name.endswith(CSV_SUFFIXES):
         return "CSV"
     from gradscope.sources.norm_logs.csv_logs import looks_like_csv
 

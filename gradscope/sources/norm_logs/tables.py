@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,53 +47,68 @@ class Records:
         self._what = what
         self._tags = tags
         self._columns: dict[str, GrowingColumn | None] = {}
+        self._others: list[str] = []
         self._rows = 0
 
-    def add(self, record: object, where: str) -> None:
-        """Take in the next record; ``where`` names it in errors.
+    def add(self, record: object, where: str | int) -> None:
+        """Take in the next record; ``where`` (a line's number, or words) names it in errors.
 
         Raises:
             GradscopeError: it is no mapping, or a wanted value in it is no number.
         """
         if not isinstance(record, dict):
-            raise GradscopeError(self._what, f"{where} is no record of names and values")
-        for name, value in _flat(record, "", 0):
-            self._take(name, value, where)
+            raise GradscopeError(self._what, f"{_place(where)} is no record of names and values")
+        row, columns = self._rows, self._columns
+        for name, value in _flattened(record).items():
+            if name not in columns:
+                self._meet(name, value, where)
+            column = columns.get(name)
+            if column is None:
+                continue
+            number = value if type(value) is float else self._number(name, value, where)
+            if number is not None:
+                column.add(row, number)
         self._rows += 1
 
     def log(self, format_: str, *notes: str) -> NormLog:
         """The log in the records so far."""
         columns = {name: column.whole() for name, column in self._columns.items() if column is not None}
-        others = tuple(name for name, column in self._columns.items() if column is None)
-        return log_of_table(format_, columns, others, *notes)
+        return log_of_table(format_, columns, tuple(self._others), *notes)
 
-    def _take(self, name: str, value: Any, where: str) -> None:
-        if name in self._columns:
-            column = self._columns[name]
-            number = None if column is None else self._number(name, value, where)
-        else:
-            number = self._number(name, value, where)
-            if number is None:
-                return
-            if len(self._columns) == MAX_NAMES:
-                raise GradscopeError(self._what, f"{where}: there are more than {MAX_NAMES:,} names")
-            column = GrowingColumn() if is_step(name) or self._tags.wants(name) else None
-            self._columns[name] = column
-        if column is not None and number is not None:
-            column.add(self._rows, number)
+    def _meet(self, name: str, value: Any, where: str | int) -> None:
+        """Decide what becomes of a name that has had no column so far."""
+        if value is None:
+            return
+        if len(self._columns) == MAX_NAMES:
+            raise GradscopeError(self._what, f"{_place(where)}: there are more than {MAX_NAMES:,} names")
+        wanted = is_step(name) or self._tags.wants(name)
+        self._columns[name] = GrowingColumn() if wanted else None
+        if not wanted and self._number(name, value, where) is not None:
+            self._others.append(name)
 
-    def _number(self, name: str, value: Any, where: str) -> float | None:
+    def _number(self, name: str, value: Any, where: str | int) -> float | None:
         """``value`` as a number; None where it is none and need not be one."""
         if type(value) is float:
             return value
         if type(value) is int:
-            # An integer may have thousands of digits.
-            return float(value) if abs(value) < 1 << 1000 else float("inf")
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf
         if isinstance(value, str) and value.strip().lower() in NONFINITE:
             return float(value)
         if value is not None and not is_step(name) and self._tags.wants(name):
-            raise GradscopeError(self._what, f"{where}: {name} is {str(value)[:40]!r}, not a number")
+            raise GradscopeError(self._what, f"{_place(where)}: {name} is {str(value)[:40]!r}, not a number")
         return None
+
+
+def _flattened(record: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with slashes in the names; what is nested too deep is left out."""
+    return dict(_flat(record, "", 0)) if dict in map(type, record.values()) else record
+
+
+def _place(where: str | int) -> str:
+    return f"line {where}" if isinstance(where, int) else where
 
 
 def _flat(record: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ NOT_MEANT = frozenset(
         *("std", "var", "variance", "min", "max", "ema", "inf"),
     }
 )
-MOST_NAMED = 8
+MOST_NAMED, LONGEST_NAME = 8, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,5 +136,5 @@ def _is_glob(tag: str) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MOST_NAMED])
+    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names[:MOST_NAMED])
     return shown if len(names) <= MOST_NAMED else f"{shown} and {len(names) - MOST_NAMED} more"
