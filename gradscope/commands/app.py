@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gradscope.commands.export import export
 from gradscope.commands.failures import nearest
 from gradscope.commands.inspect import inspect
 from gradscope.commands.record import record
@@ -43,6 +44,7 @@ app.command(cls=SeveralValues)(inspect)
 app.command(cls=SeveralValues)(simulate)
 # Options behind the command's first word are the command's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

@@ -70,10 +70,22 @@ class RecordedTrace(GradientSource):
     run: RecordedRun | None = None
 
     @property
+    def recorded_run(self) -> RecordedRun:
+        """The run as its ranks recorded it."""
+        assert self.run is not None
+        return self.run
+
+    def told_of(self, progress: Progress | None, steps: int) -> Callable[[int], None] | None:
+        """``progress`` through ``steps`` steps as a function of the steps that are done."""
+        if progress is None:
+            return None
+        total = sum(rank.trace.stream.nbytes for rank in self.recorded_run.ranks)
+        return lambda done: progress(total * done // steps, total)
+
+    @property
     def step_numbers(self) -> IntArray:
         """The number under which each step was recorded, int64 [steps]."""
-        assert self.run is not None
-        return self.run.steps
+        return self.recorded_run.steps
 
     def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
         """The steps at these positions; ``index`` is the number under which each was recorded.
@@ -85,25 +97,23 @@ class RecordedTrace(GradientSource):
         """
         from gradscope.trace.merging import merged_steps
 
-        assert self.run is not None
         if not steps:
             return
-        total = sum(rank.trace.stream.nbytes for rank in self.run.ranks)
         numel = np.array([tensor.numel for tensor in self.tensors], dtype=np.int64)
         wanted = range(steps[0], steps[-1] + 1)
+        told = self.told_of(progress, len(wanted))
         done = 0
-        for merged in merged_steps(self.run, wanted):
+        for merged in merged_steps(self.recorded_run, wanted):
             zeros = np.where(merged.has_gradient, merged.zeros, numel)
             for place in range(len(merged.step)):
                 if done % steps.step == 0:
                     yield self._step(merged, place, zeros[place])
                 done += 1
-            if progress is not None:
-                progress(total * done // len(wanted), total)
+            if told is not None:
+                told(done)
 
     def _step(self, merged: MergedSteps, place: int, zeros: IntArray) -> GradientStep:
-        assert self.run is not None
-        groups = len(self.groups) if self.run.metadata.detail != "norms" else 0
+        groups = len(self.groups) if self.recorded_run.metadata.detail != "norms" else 0
         tensors = len(self.tensors) if merged.has_tensor_spectra[place] else 0
         measured = bool(merged.measured[place])
         seconds = float(merged.time[place])

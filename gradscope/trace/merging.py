@@ -25,20 +25,28 @@ BoolArray = NDArray[np.bool_]
 MERGED_BYTES = 4 << 20
 MERGED_ENTRIES = 1 << 18
 
+_GIVEN = ("max_norm", "clip_value", "norm_type", "returned_norm")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedSteps:
     """Consecutive steps of a run.
 
-    ``step`` (int64) and ``time`` (float64) are [steps].  [steps, tensors]: ``sum_squares``, ``max_abs`` (float64),
-    ``zeros``, ``nan`` and ``inf`` (int64); ``has_gradient`` says where there was one, elsewhere all are zero;
-    ``weight_norm`` and ``update_norm`` (float64) are NaN where they were not measured, ``measured`` ([steps]) says at
-    which steps they were.  [steps, groups]: ``has_row``, ``grad_scale``, ``max_norm``, ``clip_value``, ``norm_type``,
-    ``returned_norm`` (NaN: none) and ``stepped`` (int8; -1: not known).  ``has_tensor_spectra`` is [steps].
+    ``step`` (int64) and ``time`` (float64, seconds since the epoch) are [steps], and ``has_tensor_spectra``.
+
+    [steps, tensors]: ``sum_squares``, ``max_abs`` (float64), ``zeros``, ``nan`` and ``inf`` (int64); ``has_gradient``
+    says where there was one, elsewhere all are zero.  Of a tensor that several clip groups of a step hold, the first
+    counts: its gradient before any of them clipped it.  ``weight_norm`` and ``update_norm`` (float64) are NaN where
+    they were not measured; ``measured`` ([steps]) says at which steps any was.
+
+    [steps, groups]: ``has_row``; ``group_sum_squares``, ``group_max_abs``, ``group_zeros`` and ``group_nonfinite`` of
+    what each clip call was given; ``grad_scale``, ``max_norm``, ``clip_value``, ``norm_type`` and ``returned_norm``,
+    NaN where there was none, which ``given`` tells from a recorded NaN; ``stepped`` (int8; -1: not known).
     """
 
     step: IntArray
     time: FloatArray
+    has_tensor_spectra: BoolArray
     sum_squares: FloatArray
     max_abs: FloatArray
     zeros: IntArray
@@ -49,13 +57,17 @@ class MergedSteps:
     update_norm: FloatArray
     measured: BoolArray
     has_row: BoolArray
+    group_sum_squares: FloatArray
+    group_max_abs: FloatArray
+    group_zeros: IntArray
+    group_nonfinite: IntArray
     grad_scale: FloatArray
     max_norm: FloatArray
     clip_value: FloatArray
     norm_type: FloatArray
     returned_norm: FloatArray
     stepped: NDArray[np.int8]
-    has_tensor_spectra: BoolArray
+    given: dict[str, BoolArray]
     parts: tuple[_Part, ...]
 
     def group_spectrum(self, place: int, group: int) -> MagnitudeSpectrum | None:
@@ -87,7 +99,8 @@ class MergedSteps:
 class _Part:
     """One rank's rows of these steps: where each belongs (``place``, -1: nowhere), and to which group of the run.
 
-    One entry per tensor of each row: its row, the run's tensor (-1: does not count) and whether it has a gradient.
+    One entry per tensor of each row: its row, the run's tensor (-1: counts elsewhere) and whether it counts for the
+    row's group.
     """
 
     rank: CountingRank
@@ -96,28 +109,32 @@ class _Part:
     run_group: IntArray
     entry_row: IntArray
     entry_tensor: IntArray
+    entry_counts: BoolArray
 
     @classmethod
     def of(cls, rank: CountingRank, rows: Rows, steps: IntArray) -> _Part:
-        step = rows.single["step"]
+        step, group = rows.single["step"], rows.single["group"]
         place = np.minimum(np.searchsorted(steps, step), len(steps) - 1)
         place = np.where(steps[place] == step, place, -1)
+        place[_repeated(place * len(rank.group) + group, place >= 0)] = -1
         column = rows.lists["sum_squares"]
         entry_row = np.repeat(np.arange(len(rows)), column.lengths)
         position = np.arange(len(entry_row)) - (column.offsets[:-1] - column.offsets[0])[entry_row]
-        group = rows.single["group"]
-        entry_tensor = rank.tensor[rank.starts[group[entry_row]] + position]
-        entry_tensor = np.where(place[entry_row] >= 0, entry_tensor, -1)
-        return cls(rank, rows, place, rank.group[group], entry_row, entry_tensor)
+        tensor = rank.tensor[rank.starts[group[entry_row]] + position]
+        counts = (tensor >= 0) & (place[entry_row] >= 0)
+        tensor = np.where(counts, tensor, -1)
+        there = counts & ~np.isnan(column.values[column.offsets[0] : column.offsets[-1]])
+        width = int(tensor.max(initial=0)) + 1
+        tensor[_repeated(place[entry_row] * width + tensor, there)] = -1
+        return cls(rank, rows, place, rank.group[group], entry_row, tensor, counts)
 
     def rows_at(self, place: int) -> NDArray[np.intp]:
         return np.flatnonzero(self.place == place)
 
     def tensors_of(self, row: int) -> IntArray:
         """The run's tensors that the entries of a row are, -1 for those that do not count."""
-        start = int(self.rank.starts[self.rows.single["group"][row]])
-        length = len(self.rows.lists["sum_squares"].of(row))
-        return self.rank.tensor[start : start + length]
+        offsets = self.rows.lists["sum_squares"].offsets
+        return self.entry_tensor[offsets[row] - offsets[0] : offsets[row + 1] - offsets[0]]
 
     def values(self, name: str) -> NDArray[np.generic]:
         """A list column whose lists are as long as ``sum_squares``: one entry per tensor of each row."""
@@ -192,7 +209,7 @@ def _merged(run: RecordedRun, steps: IntArray, parts: tuple[_Part, ...]) -> Merg
         has_tensor_spectra[part.place[placed & (part.rows.lists["tensor_bin_counts"].lengths > 0)]] = True
     for group, recorded in enumerate(run.groups):
         if recorded.returned_partial:
-            groups.returned_norm[:, group] = _whole_norm(parts, group, len(steps))
+            groups.values["returned_norm"][:, group] = _whole_norm(parts, group, len(steps))
     return MergedSteps(
         step=steps,
         time=time,
@@ -242,7 +259,7 @@ class _TensorSums:
         self._sums[name] += np.bincount(at[counting], values * values, minlength=len(normed))
         normed[at[counting]] = True
 
-    def results(self) -> dict[str, NDArray[Any]]:
+    def results(self) -> dict[str, Any]:
         """The fields of ``MergedSteps``."""
         norms = {name: np.where(normed, np.sqrt(self._sums[name]), np.nan) for name, normed in self._normed.items()}
         arrays = {
@@ -261,11 +278,14 @@ class _GroupValues:
     """[steps, groups] arrays of what the clip calls were given and gave."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self.returned_norm = np.full(shape, np.nan)
-        self._values = {name: np.full(shape, np.nan) for name in ("max_norm", "clip_value", "norm_type")}
+        self._shape = shape
+        self.values = {name: np.full(shape, np.nan) for name in _GIVEN}
+        self.given = {name: np.zeros(shape, dtype=np.bool_) for name in _GIVEN}
         self._grad_scale = np.ones(shape)
         self._stepped = np.full(shape, -1, dtype=np.int8)
         self._has_row = np.zeros(shape, dtype=np.bool_)
+        self._sum_squares, self._max_abs = np.zeros(shape), np.zeros(shape)
+        self._zeros, self._nonfinite = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
 
     def add(self, part: _Part) -> None:
         placed = (part.place >= 0) & (part.run_group >= 0)
@@ -273,20 +293,45 @@ class _GroupValues:
         single, scale = part.rows.single, part.scale()[placed]
         self._has_row[at] = True
         self._grad_scale[at] = scale
-        for name, target in self._values.items():
+        for name, target in self.values.items():
             target[at] = single[name][placed] if name == "norm_type" else single[name][placed] / scale
-        self.returned_norm[at] = single["returned_norm"][placed] / scale
+            self.given[name][at] = part.rows.present[name][placed]
         self._stepped[at] = np.where(part.rows.present["stepped"], single["stepped"], -1)[placed]
+        self._add_gradient(part)
 
-    def results(self) -> dict[str, NDArray[Any]]:
+    def _add_gradient(self, part: _Part) -> None:
+        counts = part.entry_counts & ~np.isnan(part.values("sum_squares"))
+        row = part.entry_row[counts]
+        at, scale = (part.place[row], part.run_group[row]), part.scale()[row]
+        with np.errstate(over="ignore", under="ignore"):
+            np.add.at(self._sum_squares, at, part.values("sum_squares")[counts] / scale / scale)
+            np.maximum.at(self._max_abs, at, part.values("max_abs")[counts] / scale)
+        np.add.at(self._zeros, at, part.values("zeros")[counts])
+        for name in ("nan", "inf"):
+            np.add.at(self._nonfinite, at, part.values(name)[counts])
+
+    def results(self) -> dict[str, Any]:
         """The fields of ``MergedSteps``."""
         return {
-            **self._values,
-            "returned_norm": self.returned_norm,
+            **self.values,
+            "given": self.given,
             "grad_scale": self._grad_scale,
             "stepped": self._stepped,
             "has_row": self._has_row,
+            "group_sum_squares": self._sum_squares,
+            "group_max_abs": self._max_abs,
+            "group_zeros": self._zeros,
+            "group_nonfinite": self._nonfinite,
         }
+
+
+def _repeated(keys: IntArray, among: BoolArray) -> IntArray:
+    """Where, ``among`` these entries, a key stands that an earlier one has."""
+    places = np.flatnonzero(among)
+    if not len(places) or np.bincount(keys[places]).max() == 1:
+        return places[:0]
+    first = np.unique(keys[places], return_index=True)[1]
+    return np.delete(places, first)
 
 
 def _whole_norm(parts: Sequence[_Part], group: int, steps: int) -> FloatArray:
