@@ -1,0 +1,111 @@
+"""The norms of a group's weights and of what an optimizer step changes in them: ‖θ‖ and ‖θ' − θ‖ per tensor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradscope.recording.meter import DTYPES, UpdateMeter
+from gradscope.recording.placement import local
+
+# What the copy of a group's weights may take on a device at a time; of more, every call takes the next tensors in turn.
+COPIED_BYTES = 256 << 20
+
+
+class UpdateNorms:
+    """Measures around the optimizer steps of one group; ``parameters`` are its tensors, weakly held."""
+
+    def __init__(self, parameters: Sequence[weakref.ref[Tensor]]) -> None:
+        self._parameters = tuple(parameters)
+        self._meter: UpdateMeter | None = None
+        self._lie: tuple[Any, ...] = ()
+        self._copies: dict[int, Tensor] = {}
+        self._turn = 0
+
+    @torch.no_grad()
+    def before(self) -> Any:
+        """‖θ‖ per tensor, float64 (a PendingNorms from a device); the weights are remembered."""
+        held = self._held()
+        if not _in_memory(held):
+            self._meter = None
+            self._copy(held)
+            return PendingNorms(held)
+        lie = tuple((p.numel(), p.dtype) for p in held if p is not None)
+        if self._meter is None or lie != self._lie:
+            self._lie = lie
+            self._meter = UpdateMeter([numel for numel, _ in lie], [DTYPES[dtype] for _, dtype in lie])
+        return self._meter.before([p.data_ptr() for p in held if p is not None])
+
+    @torch.no_grad()
+    def after(self) -> Any:
+        """‖θ' − θ‖ per tensor, likewise; NaN for a tensor whose turn it was not."""
+        held = self._held()
+        if self._meter is not None:
+            return self._meter.after([p.data_ptr() for p in held if p is not None])
+        changes = [
+            p.to(torch.float64) - self._copies[i] if p is not None and i in self._copies else None
+            for i, p in enumerate(held)
+        ]
+        self._copies.clear()
+        return PendingNorms(changes)
+
+    def _held(self) -> list[Tensor | None]:
+        parameters = (ref() for ref in self._parameters)
+        return [None if parameter is None else local(parameter).detach() for parameter in parameters]
+
+    def _copy(self, held: list[Tensor | None]) -> None:
+        self._copies.clear()
+        budget = COPIED_BYTES
+        for offset in range(len(held)):
+            i = (self._turn + offset) % len(held)
+            parameter = held[i]
+            size = 0 if parameter is None else parameter.numel() * parameter.element_size()
+            if size > budget:
+                if size <= COPIED_BYTES:
+                    self._turn = i
+                    return
+                continue
+            if parameter is not None:
+                self._copies[i] = parameter.clone()
+                budget -= size
+
+
+class PendingNorms:
+    """Norms on their way from a device."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        """Take the norms of ``tensors``, NaN for None, without waiting for them."""
+        norms = [None if t is None else torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+        self._at = [i for i, norm in enumerate(norms) if norm is not None]
+        self._length = len(norms)
+        there = [norm for norm in norms if norm is not None]
+        self._numbers = torch.stack(there).to("cpu", non_blocking=True) if there else torch.empty(0)
+        self._event: Any = None
+        if there and there[0].device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether they have arrived."""
+        return self._event is None or bool(self._event.query())
+
+    def result(self) -> NDArray[np.float64]:
+        """The norms, float64 [tensors]; waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        norms = np.full(self._length, np.nan)
+        norms[self._at] = self._numbers.numpy()
+        return norms
+
+
+def _in_memory(held: Sequence[Tensor | None]) -> bool:
+    return all(
+        p is not None and p.is_cpu and p.layout is torch.strided and p.is_contiguous() and p.dtype in DTYPES
+        for p in held
+    )
