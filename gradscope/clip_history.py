@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,10 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClipHistory:
-    """The clip calls of a run; all arrays are [steps, groups], with the meaning they have in ``RecordedClip``."""
+    """The clip calls of a run; all arrays are [steps, groups], with the meaning they have in ``RecordedClip``.
+
+    A ``norm_type`` that is NaN counts as 2.
+    """
 
     max_norm: FloatArray
     clip_value: FloatArray
@@ -29,18 +31,19 @@ class ClipHistory:
     stepped: NDArray[np.int8]
 
     @classmethod
-    def of(cls, calls: Iterable[RecordedClip]) -> ClipHistory:
-        """The history of consecutive steps, at least one."""
-        calls = list(calls)
-        return cls(
-            max_norm=np.stack([call.max_norm for call in calls]),
-            clip_value=np.stack([call.clip_value for call in calls]),
-            returned_norm=np.stack([call.returned_norm for call in calls]),
-            norm_type=np.stack(
-                [np.full(len(call.max_norm), 2.0) if call.norm_type is None else call.norm_type for call in calls]
-            ),
-            stepped=np.stack([call.stepped for call in calls]),
-        )
+    def unknown(cls, steps: int, groups: int) -> ClipHistory:
+        """A history that ``take`` fills, step by step."""
+        nothing = np.full((steps, groups), np.nan)
+        return cls(nothing, nothing.copy(), nothing.copy(), nothing.copy(), np.full((steps, groups), -1, np.int8))
+
+    def take(self, step: int, call: RecordedClip) -> None:
+        """Put down what is known of a step."""
+        self.max_norm[step] = call.max_norm
+        self.clip_value[step] = call.clip_value
+        self.returned_norm[step] = call.returned_norm
+        self.stepped[step] = call.stepped
+        if call.norm_type is not None:
+            self.norm_type[step] = call.norm_type
 
     def limited(self) -> BoolArray:
         """Where a clip call was made with a limit."""

@@ -112,13 +112,13 @@ def _dominance(shares: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _dead(gradients: results.GradientSummary) -> list[str]:
-    dead = [t for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0]
-    if dead and len(dead) == len(gradients.tensors):
+    dead = [t.name for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0]
+    if not dead:
+        return []
+    if len(dead) == len(gradients.tensors):
         return ["Every gradient is zero."]
-    # A zero is an element that is there; where a trace counts none, there was no gradient.
-    zero, absent = [t.name for t in dead if t.zeros], [t.name for t in dead if not t.zeros]
-    found = [f"{names(zero)} {'is' if len(zero) == 1 else 'are'} zero in every step."] if zero else []
-    return [*found, f"{names(absent)} had no gradient in any step."] if absent else found
+    verb = "is" if len(dead) == 1 else "are"
+    return [f"{names(dead)} {verb} zero in every step."]
 
 
 # --- what a recorded run did -----------------------------------------------------------------------------------------

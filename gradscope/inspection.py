@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -14,7 +14,7 @@ from gradscope import forensics, results
 from gradscope.clip_history import ClipHistory, describe_run
 from gradscope.errors import GradscopeError
 from gradscope.findings import inspection_findings
-from gradscope.gradients import GradientSource, GradientStep, Progress, RecordedClip, Weights
+from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
 from gradscope.nonfinite import name_fault
 from gradscope.notation import setting
 from gradscope.optimizer_state import OptimizerState
@@ -100,40 +100,58 @@ def _regrouped(
 class _Columns:
     """Per-tensor numbers of the steps read, stacked: arrays are [steps, tensors].
 
-    ``recorded`` is what a recording knows of each step; ``weight_norm`` and ``update_norm`` have a row for those steps
-    only at which they were measured.
+    ``history`` is what a recording knows of every step, None where there is none; ``weight_norm`` and ``update_norm``
+    have a row for those steps only at which they were measured.
     """
 
     index: NDArray[np.int64]
-    labels: tuple[str, ...]
+    labels: list[str]
     energy: NDArray[np.float64]
     max_abs: NDArray[np.float64]
     zeros: NDArray[np.int64]
     nan: NDArray[np.int64]
     inf: NDArray[np.int64]
-    recorded: tuple[RecordedClip, ...]
-    weight_norm: NDArray[np.float64]
-    update_norm: NDArray[np.float64]
+    history: ClipHistory | None = None
+    weight_norm: NDArray[np.float64] | None = None
+    update_norm: NDArray[np.float64] | None = None
 
     @classmethod
-    def of(cls, steps: Iterable[GradientStep]) -> _Columns:
-        rows = list(_without_spectra(steps))
-        recorded = [row.recorded for row in rows if row.recorded is not None]
-        unmeasured = np.empty((0, len(rows[0].sum_squares)))
-        weights = [c.weight_norm for c in recorded if c.weight_norm is not None and c.update_norm is not None]
-        updates = [c.update_norm for c in recorded if c.weight_norm is not None and c.update_norm is not None]
-        return cls(
-            index=np.array([row.index for row in rows], dtype=np.int64),
-            labels=tuple(row.label for row in rows),
-            energy=np.stack([row.sum_squares for row in rows]),
-            max_abs=np.stack([row.max_abs for row in rows]),
-            zeros=np.stack([row.zeros for row in rows]),
-            nan=np.stack([row.nan for row in rows]),
-            inf=np.stack([row.inf for row in rows]),
-            recorded=tuple(replace(call, weight_norm=None, update_norm=None) for call in recorded),
-            weight_norm=np.stack(weights) if weights else unmeasured,
-            update_norm=np.stack(updates) if updates else unmeasured,
+    def read(cls, source: GradientSource, selected: range, progress: Progress | None) -> _Columns:
+        """Stream the steps once; their spectra, which are what makes a step large, are let go at once."""
+        shape = (len(selected), len(source.tensors))
+        columns = cls(
+            index=np.zeros(shape[0], np.int64),
+            labels=[],
+            energy=np.zeros(shape),
+            max_abs=np.zeros(shape),
+            zeros=np.zeros(shape, np.int64),
+            nan=np.zeros(shape, np.int64),
+            inf=np.zeros(shape, np.int64),
         )
+        history = ClipHistory.unknown(shape[0], len(source.groups))
+        calls = 0
+        measured: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        for row, step in enumerate(source.read_steps(selected, progress)):
+            columns._take(row, step)
+            call = step.recorded
+            if call is None:
+                continue
+            history.take(row, call)
+            calls += 1
+            if call.weight_norm is not None and call.update_norm is not None:
+                measured.append((call.weight_norm.copy(), call.update_norm.copy()))
+        weights, updates = (np.stack(norms) for norms in zip(*measured, strict=True)) if measured else (None, None)
+        known = history if calls == len(columns.labels) else None
+        return replace(columns, history=known, weight_norm=weights, update_norm=updates)
+
+    def _take(self, row: int, step: GradientStep) -> None:
+        self.index[row] = step.index
+        self.labels.append(step.label)
+        self.energy[row] = step.sum_squares
+        self.max_abs[row] = step.max_abs
+        self.zeros[row] = step.zeros
+        self.nan[row] = step.nan
+        self.inf[row] = step.inf
 
     @property
     def nonfinite(self) -> NDArray[np.int64]:
@@ -149,9 +167,6 @@ class _Columns:
             self.zeros[-1:],
             self.nan[-1:],
             self.inf[-1:],
-            (),
-            self.weight_norm[:0],
-            self.update_norm[:0],
         )
 
     def norms(self, members: Sequence[int]) -> NDArray[np.float64]:
@@ -164,16 +179,12 @@ class _Columns:
 
     def update_ratio(self, members: Sequence[int]) -> float | None:
         """The median of ‖θ' − θ‖/‖θ‖ over the steps at which both are known of all ``members``."""
+        if self.weight_norm is None or self.update_norm is None:
+            return None
         weights = np.sqrt(np.square(self.weight_norm[:, members]).sum(axis=1))
         updates = np.sqrt(np.square(self.update_norm[:, members]).sum(axis=1))
         known = (weights > 0.0) & ~np.isnan(updates)
         return float(np.median(updates[known] / weights[known])) if known.any() else None
-
-
-def _without_spectra(steps: Iterable[GradientStep]) -> Iterator[GradientStep]:
-    """Spectra are what makes a step large; norms do not need them."""
-    for step in steps:
-        yield replace(step, spectra=(), group_spectra=(), read=None)
 
 
 def _gradients(
@@ -187,7 +198,7 @@ def _gradients(
         place = place_of_step(at, selected, source.step_numbers)
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
-    columns = _Columns.of(source.read_steps(selected, progress))
+    columns = _Columns.read(source, selected, progress)
     summary = _summary(source.tensors, clip_groups, columns if at is None else columns.last())
     if source.info.kind == "norm-log":
         summary = _without_elements(summary)
@@ -198,12 +209,12 @@ def _gradients(
 
 def _recorded(source: GradientSource, columns: _Columns) -> results.RecordedRun | None:
     """What the run clipped, where every step tells."""
-    if not columns.recorded or len(columns.recorded) < len(columns.index):
+    if columns.history is None:
         return None
     position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
     members = [[position[name] for name in group.tensors] for group in source.groups]
     return describe_run(
-        ClipHistory.of(columns.recorded),
+        columns.history,
         [group.name for group in source.groups],
         columns.index,
         np.asarray(~columns.nonfinite.any(axis=1)),

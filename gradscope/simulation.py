@@ -17,7 +17,7 @@ from gradscope.clipping.parsing import parse_policy
 from gradscope.clipping.policy import Convention, ElementPolicy, Policy, Replay, ScalePolicy, limit_norm
 from gradscope.errors import GradscopeError
 from gradscope.findings import FLOAT32_NORM_OVERFLOW, FLOAT32_RANGE, simulation_findings
-from gradscope.gradients import SAVE_GRADIENTS, GradientSource, Progress
+from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress
 from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
 from gradscope.nonfinite import name_fault
@@ -194,8 +194,9 @@ class _Run:
                 continue
             energies[kept] = step.sum_squares
             kept += 1
+            seen = _with_spectra(step) if len(replays) > 1 else step
             for replay in replays:
-                replay.see(step)
+                replay.see(seen)
         if not index:
             raise GradscopeError(source.info.path, "holds no gradient steps")
         energies = energies[:kept]
@@ -229,6 +230,11 @@ class _Run:
     def bounds(self, part: slice) -> tuple[int, int]:
         """The index of the first and of the last step of ``part``."""
         return int(self.index[part.start]), int(self.index[part.stop - 1])
+
+
+def _with_spectra(step: GradientStep) -> GradientStep:
+    """The step with its spectra at hand: a trace decodes one each time that it is asked for it."""
+    return replace(step, spectra=tuple(step.spectra), group_spectra=tuple(step.group_spectra))
 
 
 def _effect(policy: Policy, replays: Mapping[ElementPolicy, Replay], run: _Run, convention: Convention) -> Effect:

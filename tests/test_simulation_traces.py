@@ -68,7 +68,7 @@ def test_layers_come_from_the_steps_with_tensor_spectra_and_their_rates_from_all
         elements = sum(int((np.abs(before) > v).sum()) for before, _ in sampled)
         assert abs(layer.clipped_elements - elements) <= layer.clipped_elements_error
     text = VIEWS["table"](simulate(RecordedSource(steps, GROUPS), [f"value:{v}"]), ViewChoices())
-    assert "over the 4 updates whose tensors' spectra were recorded" in " ".join(text.split())
+    assert "elements: over the 4 updates whose tensors' spectra were recorded" in " ".join(text.split())
 
 
 def test_other_groups_come_from_the_steps_with_tensor_spectra() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from gradscope import results
-from gradscope.findings import step_word
+from gradscope.findings import run_words, step_word
 from gradscope.notation import count, names, number, percent, setting
 from gradscope.views.cells import consistency, known
 from gradscope.views.choices import By, ViewChoices
@@ -25,6 +25,8 @@ from gradscope.views.norm_rows import (
 from gradscope.views.norm_tables import gradient_fields, norm_table, optimizer_fields, series_fields, weight_fields
 from gradscope.views.recorded_table import recorded_table
 from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table
+
+_LABELS = {"gradients": "file", "trace": "time"}
 
 
 def inspect_screen(inspection: results.Inspection, choices: ViewChoices) -> Screen:
@@ -54,7 +56,7 @@ def _blocks(inspection: results.Inspection, choices: ViewChoices) -> Iterator[Bl
 
 def _opening(inspection: results.Inspection, choices: ViewChoices) -> str:
     parts = [inspection.source.picked] if inspection.source.picked else []
-    parts.append(inspection.source.format)
+    parts.append(run_words(inspection.source))
     if inspection.gradients is not None:
         parts += [_counted(inspection.source.steps, step_word(inspection.source)[:-1])] * (inspection.source.steps > 0)
         numel = inspection.gradients.global_.numel
@@ -100,7 +102,7 @@ def _gradient_blocks(
 ) -> Iterator[Block]:
     yield from nonfinite_sentences(gradients.nonfinite)
     if gradients.at is not None:
-        yield _step_table(gradients.at)
+        yield _step_table(gradients.at, _LABELS.get(inspection.source.kind, ""))
     if inspection.source.kind == "norm-log":
         yield _series_table(gradients, choices)
         return
@@ -138,7 +140,8 @@ def _gradient_table(
     return norm_table(gradient_fields(what, rows, several), rows, rest, _whole(gradients))
 
 
-def _step_table(steps: Sequence[results.StepRow]) -> Table:
+def _step_table(steps: Sequence[results.StepRow], label: str) -> Table:
+    """The steps; ``label`` heads what they are labelled by, where that says more than their number."""
     largest = max((step.l2_norm for step in steps if math.isfinite(step.l2_norm)), default=0.0)
     # A log of norms knows nothing of elements.
     elements = any(step.max_abs is not None for step in steps)
@@ -147,7 +150,7 @@ def _step_table(steps: Sequence[results.StepRow]) -> Table:
         Column("norm"),
         *[Column("max |g|"), Column("zeros", spare=1)] * elements,
         Column("NaN/Inf"),
-        Column("file", "left", spare=2),
+        *[Column(label, "left", spare=2)] * bool(label),
     )
     rows = [
         Row(
@@ -156,7 +159,7 @@ def _step_table(steps: Sequence[results.StepRow]) -> Table:
                 number(step.l2_norm),
                 *[known(step.max_abs, number), known(step.zeros, count)] * elements,
                 count(step.nonfinite) if step.nonfinite else "",
-                step.label,
+                *[step.label] * bool(label),
             ),
             bar=step.l2_norm / largest if largest > 0 and math.isfinite(step.l2_norm) else None,
             tone="alarm" if step.nonfinite else "strong" if step is steps[-1] else "plain",

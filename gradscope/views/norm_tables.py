@@ -122,7 +122,7 @@ def _of_tensor(row: NormRow, name: str, text: Callable[[Any], str]) -> str:
 
 
 UPDATE = Field(
-    Column("update/weight", spare=1, note="update/weight: median ‖θ' − θ‖/‖θ‖ of an optimizer step"),
+    Column("update/weight", note="update/weight: median ‖θ' − θ‖/‖θ‖ of an optimizer step"),
     lambda row: known(row.update_ratio, lambda ratio: number(ratio, 2)),
 )
 SHARE = Field(Column("share"), lambda row: known(row.share, percent))

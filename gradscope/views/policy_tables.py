@@ -168,15 +168,17 @@ def group_table(simulation: results.Simulation, width: int) -> Table:
         )
         for group in first
     ]
-    return Table(tuple(columns), tuple(lines), caption=_sampled(simulation, policies[0].group_steps))
+    return Table(
+        tuple(columns), tuple(lines), caption=_sampled(simulation, policies[0].group_steps, "scale and direction")
+    )
 
 
-def _sampled(simulation: results.Simulation, steps: int | None) -> str:
+def _sampled(simulation: results.Simulation, steps: int | None, what: str) -> str:
     """From which steps an effect is known, where those are not all."""
     if steps is None or steps >= simulation.steps - simulation.nonfinite_steps:
         return ""
     which = f"{count(steps)} {step_word(simulation.source)}"
-    return f"all but the share of clipped steps: over the {which} whose tensors' spectra were recorded"
+    return f"{what}: over the {which} whose tensors' spectra were recorded"
 
 
 def _side_by_side(
@@ -234,7 +236,7 @@ def layer_table(simulation: results.Simulation) -> Table | None:
         cells = [layer.name, percent(layer.clip_rate), factor(layer.scale), angle(layer.direction_change_deg)]
         rows.append(Row((*cells, *[_clipped_elements(layer)] * by_element)))
     hidden = len(changed) - MOST_LAYERS
-    sampled = _sampled(simulation, policy.layer_steps)
+    sampled = _sampled(simulation, policy.layer_steps, "scale, direction and elements")
     captions = [sampled] if sampled else []
     captions += [f"{hidden} more layer{'s' * (hidden > 1)} with --format csv"] if hidden > 0 else []
     captions += _with_csv("layers under ", [policy_words(other.policy) for other in layerwise[1:]])
