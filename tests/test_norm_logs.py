@@ -126,6 +126,13 @@ def test_the_chart_export_of_wandb(tmp_path: Path) -> None:
         assert any(note.startswith("20 of 30 points") for note in source.notes)
 
 
+def test_a_chart_over_time(tmp_path: Path) -> None:
+    """Its x axis is no step, but W&B adds one."""
+    path = tmp_path / "wandb_export.csv"
+    path.write_text('"Relative Time (Process)","elf - _step","elf - grad_norm"\n"0.5","10","1.5"\n"0.9","20","2.5"\n')
+    assert steps_of(open_source(path)) == [10, 20]
+
+
 def test_sparse_rows(tmp_path: Path) -> None:
     """Loggers write a row per call, and the norm is in some of them."""
     path = tmp_path / "metrics.csv"
@@ -253,6 +260,15 @@ def test_the_directory_of_a_trainer(tmp_path: Path) -> None:
     assert open_source(checkpoint).info.kind == "checkpoint"
     with pytest.raises(GradscopeError, match=r"trainer_state\.json: holds no series of numbers"):
         open_source(checkpoint, tag="grad_norm")
+
+
+def test_the_newest_checkpoint_has_the_longest_log(tmp_path: Path) -> None:
+    for updates in (2, 10):
+        history = [{"step": step, "grad_norm": 1.0} for step in range(1, updates + 1)]
+        state = {"global_step": updates, "log_history": history, "logging_steps": 1}
+        (tmp_path / f"checkpoint-{updates}").mkdir()
+        (tmp_path / f"checkpoint-{updates}" / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    assert open_source(tmp_path, tag="grad_norm").info.steps == 10
 
 
 # --- what is imported ------------------------------------------------------------------------------------------------

@@ -90,8 +90,9 @@ def test_a_run_of_wandb_is_told_how_to_export_itself(tmp_path: Path) -> None:
 def test_a_log_among_steps(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("step,grad_norm\n1,2\n")
-    with pytest.raises(GradscopeError, match=r"is a log \(CSV\), and tensors are wanted here"):
+    with pytest.raises(GradscopeError, match=r"is a log \(CSV\), and tensors are wanted here") as caught:
         open_source([tmp_path / "a.csv", tmp_path / "b.csv"])
+    assert "name one log" in str(caught.value.hint)
 
 
 # --- cut off ---------------------------------------------------------------------------------------------------------

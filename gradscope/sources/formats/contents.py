@@ -62,7 +62,11 @@ def read_contents(path: Path) -> Contents:
 
     kind = kind_of_log(region)
     if kind is not None:
-        raise GradscopeError(str(path), f"is a log ({kind}), and tensors are wanted here")
+        raise GradscopeError(
+            str(path),
+            f"is a log ({kind}), and tensors are wanted here",
+            "name one log, or the directory of a run's event files",
+        )
     raise GradscopeError(
         str(path),
         "is in no format that gradscope reads",

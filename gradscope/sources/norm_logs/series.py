@@ -51,7 +51,7 @@ class Column:
 
 def is_step(name: str) -> bool:
     """Whether a column of this name may hold the steps."""
-    return name.rsplit("/", 1)[-1].strip().lower() in STEP_NAMES
+    return _leaf(name) in STEP_NAMES
 
 
 def log_of_table(format_: str, columns: Mapping[str, Column], others: tuple[str, ...], *notes: str) -> NormLog:
@@ -68,7 +68,12 @@ def log_of_table(format_: str, columns: Mapping[str, Column], others: tuple[str,
 
 
 def _rank(name: str) -> tuple[int, int]:
-    return STEP_NAMES.index(name.rsplit("/", 1)[-1].strip().lower()), len(name)
+    return STEP_NAMES.index(_leaf(name)), len(name)
+
+
+def _leaf(name: str) -> str:
+    """``global_step`` of ``train/global_step`` and of W&B's ``RUN - train/global_step``."""
+    return name.rsplit(" - ", 1)[-1].rsplit("/", 1)[-1].strip().lower()
 
 
 def _steps(column: Column, candidates: list[Column]) -> IntArray | None:
