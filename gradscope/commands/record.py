@@ -127,6 +127,7 @@ def record(
 
 def _say_what_was_recorded(settings: RecordSettings) -> None:
     from gradscope.recording import outcome
+    from gradscope.recording.settings import STOPPED
 
     traces = outcome.launched_traces(settings)
     if not traces:
@@ -136,6 +137,8 @@ def _say_what_was_recorded(settings: RecordSettings) -> None:
             _say(outcome.summary(trace))
         for finding in trace.metadata.findings:
             _say(f"warning: {finding.message}")
+    if traces and (why := settings.note(STOPPED)) is not None:
+        _say(f"warning: {why}")
     if traces and not settings.quiet:
         _say(outcome.next_command(traces[0]))
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gradscope.errors import GradscopeError
-from gradscope.recording.settings import NOT_ATTACHED, TORCH_IMPORTED, RecordSettings
+from gradscope.recording.settings import STEPPED, STOPPED, TORCH_IMPORTED, RecordSettings
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -41,10 +41,21 @@ def _attach(settings: RecordSettings, torch: ModuleType) -> None:
         recorder.start()
     except Exception as error:  # noqa: BLE001 - an error here would be one of `import torch`
         why = f"{type(error).__name__}: {error}"
-        if settings.leave_note(NOT_ATTACHED, why):
+        if settings.leave_note(STOPPED, why):
             print(f"gradscope: not recording: {why}", file=sys.stderr)
         return
-    atexit.register(recorder.stop)
+    stop = partial(_stop, recorder, settings)
+    atexit.register(stop)
+    # A forked worker of multiprocessing ends without atexit, and has forgotten what was to be finalized in its parent.
+    from multiprocessing import util
+
+    util.register_after_fork(recorder, lambda _: util.Finalize(None, stop, exitpriority=0))
+
+
+def _stop(recorder: Recorder, settings: RecordSettings) -> None:
+    recorder.stop()
+    if recorder.optimizers_stepped and not recorder.steps:
+        settings.leave_note(STEPPED)
 
 
 def _recorder(settings: RecordSettings) -> Recorder:

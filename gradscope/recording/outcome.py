@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradscope.errors import GradscopeError
 from gradscope.notation import count
-from gradscope.recording.settings import NOT_ATTACHED, NOT_INSTALLED, STEPS_SEEN, TORCH_IMPORTED, RecordSettings
+from gradscope.recording.settings import NOT_INSTALLED, STEPPED, STOPPED, TORCH_IMPORTED, RecordSettings
 from gradscope.trace.metadata_json import metadata_from_json
 from gradscope.trace.schema import METADATA_FILE, TraceMetadata
 
@@ -78,9 +78,9 @@ def next_command(trace: LaunchedTrace) -> str:
 
 def why_nothing_was_recorded(settings: RecordSettings) -> str:
     """One line for a command that left no trace."""
-    if (why := settings.note(NOT_ATTACHED)) is not None:
+    if (why := settings.note(STOPPED)) is not None:
         return f"nothing was recorded: {why}"
-    if settings.note(STEPS_SEEN) is not None:
+    if settings.note(STEPPED) is not None:
         return "nothing was recorded: training ended before the first step to record"
     if settings.note(TORCH_IMPORTED) is not None:
         return (

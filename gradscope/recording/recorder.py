@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import sys
@@ -131,6 +132,11 @@ class Recorder:
         """Steps recorded so far."""
         return self._recorded
 
+    @property
+    def optimizers_stepped(self) -> bool:
+        """Whether any optimizer has stepped, recorded or not."""
+        return bool(self._watcher.optimizers())
+
     def start(self) -> None:
         """Attach to torch; once."""
         if self._interception is not None:
@@ -213,6 +219,8 @@ class Recorder:
         if self._launched is not None:
             metadata.extra["launch"] = self._launched.launch
         self.path, writer = open_trace(self.path, metadata, self._force)
+        # Registered after the writer's own, and so before it: the end is still to be written down.
+        atexit.register(self.stop)
         return writer
 
     def _close(self) -> None:
@@ -222,6 +230,8 @@ class Recorder:
             self._writer.close()
 
     def _say(self, what: str) -> None:
+        if self._launched is not None:
+            self._launched.leave_note("stopped", what)
         print(f"gradscope: {what}", file=sys.stderr, flush=True)
 
     def _changed(self) -> None:

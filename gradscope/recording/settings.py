@@ -14,7 +14,7 @@ from gradscope.trace.schema import Detail
 
 VARIABLE = "GRADSCOPE_RECORD"
 # Notes that a process may leave, told apart by their names.
-TORCH_IMPORTED, NOT_INSTALLED, NOT_ATTACHED, STEPS_SEEN = "torch", "not-installed", "not-attached", "steps-seen"
+TORCH_IMPORTED, NOT_INSTALLED, STOPPED, STEPPED = "torch", "not-installed", "stopped", "stepped"
 # One variable holds at most 128 KiB, and a character takes up to 12 bytes in JSON.
 _MOST_COMMAND_CHARACTERS = 8_000
 
@@ -82,7 +82,8 @@ class RecordSettings:
 
 def _abridged(command: tuple[str, ...]) -> list[str]:
     """The first words of a command that names thousands of files, and how many more there are."""
-    length, kept = 0, []
+    length = 0
+    kept: list[str] = []
     for word in command:
         length += len(word)
         if length > _MOST_COMMAND_CHARACTERS:

@@ -1,0 +1,282 @@
+"""``gradscope record``: its options, what it refuses, and what it says and leaves when the command has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradscope
+from gradscope.recording.trace_names import default_trace, next_free
+
+ROOT = Path(__file__).parent.parent
+CLEAN = {
+    **{name: value for name, value in os.environ.items() if name != "GRADSCOPE_RECORD"},
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+}
+TRAIN = """
+import sys, torch
+from torch.nn.utils import clip_grad_norm_
+
+def train(steps, poison=None):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4)).square().sum()
+        if step == poison:
+            loss = loss * float("nan")
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+
+if __name__ == "__main__":
+    train(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    print("trained")
+"""
+
+
+def record(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    options = {"capture_output": True, "text": True, "timeout": 120, "env": CLEAN, **options}
+    return subprocess.run([sys.executable, "-m", "gradscope", "record", *arguments], check=False, **options)
+
+
+def metadata(trace: str | Path) -> dict[str, object]:
+    return json.loads(Path(trace, "trace.json").read_bytes())
+
+
+def make_trace(path: Path) -> bytes:
+    path.mkdir()
+    (path / "trace.json").write_text('{"schema": "gradscope.trace/1"}')
+    return (path / "trace.json").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(TRAIN)
+    return tmp_path
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        ([], "record: no command was given", "gradscope record -- python train.py"),
+        (["--"], "record: no command was given", "gradscope record -- python train.py"),
+        (["--", "no-such-program", "x"], "no-such-program: no such command", None),
+        (["--", "./no-such-program"], "./no-such-program: no such command", None),
+        (["--", "train.py"], "train.py: is not executable", "gradscope record -- python train.py"),
+        (["--", "./train.py", "5"], "./train.py: is not executable", "gradscope record -- python ./train.py"),
+        (["--", "."], ".: is a directory, not a command", None),
+        (["-o", "nowhere/x", "--", "true"], "-o nowhere/x: there is no directory", None),
+        (["-o", "/proc/x", "--", "true"], "-o /proc/x: nothing can be written in /proc", None),
+        (["-o", "", "--", "true"], "-o : names no file", None),
+        (["--every", "0", "--", "true"], "--every: must be a whole number of at least 1", None),
+        (["--max-steps", "x", "--", "true"], "--max-steps: must be a whole number of at least 1", None),
+        (["--evry", "5", "--", "true"], "--evry: no such option", "did you mean --every?"),
+        (["--stop-on", "nan", "--", "true"], "--stop-on: 'nan' is not one of 'nonfinite'", None),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_a_hint(arguments: list[str], error: str, hint: str | None) -> None:
+    done = record(*arguments)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert lines[0].startswith(f"error: {error}")
+    assert lines[1:] == ([f"hint: {hint}"] if hint else [])
+
+
+def test_an_existing_trace_is_replaced_by_force_alone(work: Path) -> None:
+    before = make_trace(work / "run.gradscope")
+    done = record("-o", "run", "--", "true")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: -o run: exists"
+    assert (work / "run.gradscope" / "trace.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_is_no_trace_is_never_replaced(force: list[str], work: Path) -> None:
+    (work / "run.gradscope").mkdir()
+    (work / "run.gradscope" / "thesis.tex").write_text("mine")
+    done = record(*force, "-o", "run.gradscope", "--", "true")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: -o run.gradscope: exists and is no recorded trace")
+
+
+def test_a_failed_launch_loses_nothing_to_force(work: Path) -> None:
+    before = make_trace(work / "run.gradscope")
+    assert record("--force", "-o", "run", "--", sys.executable, "-c", "raise SystemExit(3)").returncode == 3
+    assert (work / "run.gradscope" / "trace.json").read_bytes() == before
+
+
+# --- the command's own words ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", [["--"], []])
+def test_options_of_the_command_are_never_eaten(separator: list[str]) -> None:
+    words = ["--every", "5", "-q", "--help", "--", "--debug", "--max-norm", "1", "2", "-o", "x"]
+    done = record("--every", "2", *separator, "echo", *words)
+    assert (done.returncode, done.stdout) == (0, " ".join(words) + "\n")
+
+
+def test_a_script_with_a_hash_bang_is_a_command(work: Path) -> None:
+    (work / "train.py").write_text(f"#!{sys.executable}\nimport sys; print(sys.argv[1:])\n")
+    (work / "train.py").chmod(0o755)
+    assert record("--", "./train.py", "--lr", "3").stdout == "['--lr', '3']\n"
+
+
+def test_a_file_that_no_kernel_can_run_is_an_error(work: Path) -> None:
+    (work / "data").write_bytes(b"\0\1\2")
+    (work / "data").chmod(0o755)
+    done = record("--", "./data")
+    assert done.returncode == 2
+    assert done.stderr == "error: ./data: cannot be run: Exec format error\n"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("python train.py --lr 3", "train.gradscope"),
+        ("torchrun --nproc-per-node 2 scripts/fine_tune.py", "fine_tune.gradscope"),
+        ("python -m package", "run.gradscope"),
+        ("./train.sh", "run.gradscope"),
+    ],
+)
+def test_the_trace_is_named_after_the_script(command: str, name: str, work: Path) -> None:
+    assert default_trace(command.split()) == work / name
+
+
+def test_a_taken_name_is_followed_by_the_next_free_one(work: Path) -> None:
+    (work / "train.gradscope").mkdir()
+    (work / "train-2.gradscope").write_text("a file")
+    assert next_free(work / "train.gradscope") == work / "train-3.gradscope"
+    assert default_trace(["python", "train.py"]) == work / "train-3.gradscope"
+
+
+# --- recordings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_leaves_a_trace_and_says_where(work: Path) -> None:
+    done = record("--", sys.executable, "train.py", "12")
+    assert (done.returncode, done.stdout) == (0, "trained\n")
+    summary, following = done.stderr.splitlines()
+    assert summary.startswith("Recorded 12 updates, 1 clip group, 2 tensors: train.gradscope (")
+    assert following == "Next: gradscope inspect train.gradscope"
+    assert metadata("train.gradscope")["command"] == [sys.executable, "train.py", "12"]
+    assert sorted(path.name for path in work.iterdir() if path.name != "__pycache__") == ["train.gradscope", "train.py"]
+    inspection = gradscope.inspect(work / "train.gradscope")
+    assert inspection.source.steps == 12
+
+
+def test_every_way_to_start_python_is_recorded(work: Path) -> None:
+    program = work / "train-tool"
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, '{work}')\nimport train\ntrain.train(3)\n")
+    program.chmod(0o755)
+    (work / "all.sh").write_text(
+        f"#!/bin/sh\n{sys.executable} -m train 1\n{sys.executable} -c 'import train; train.train(2)'\n./train-tool\n"
+    )
+    (work / "all.sh").chmod(0o755)
+    done = record("-o", "all", "--", "./all.sh")
+    assert done.returncode == 0
+    assert [metadata(f"all{number}.gradscope")["steps"] for number in ("", "-2", "-3")] == [1, 2, 3]
+    assert [line.split(":")[1].split()[0] for line in done.stderr.splitlines()] == [
+        "all.gradscope",
+        "all-2.gradscope",
+        "all-3.gradscope",
+        "gradscope",
+    ]
+
+
+PROCESSES = """
+import multiprocessing, sys
+from train import train
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    train(2)
+    workers = [context.Process(target=train, args=(steps,)) for steps in (5, 7)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print([worker.exitcode for worker in workers])
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_that_train_side_by_side_make_a_trace_each(method: str, work: Path) -> None:
+    (work / "processes.py").write_text(PROCESSES)
+    done = record("-o", "run", "--", sys.executable, "processes.py", method)
+    assert done.stdout == "[0, 0]\n"
+    counts = [gradscope.inspect(path).source.steps for path in work.glob("run*.gradscope")]
+    assert sorted(counts) == [2, 5, 7]
+
+
+def test_a_command_that_never_steps_leaves_nothing(work: Path) -> None:
+    done = record("--", sys.executable, "-c", "import torch; raise SystemExit(3)")
+    assert done.returncode == 3
+    [line] = done.stderr.splitlines()
+    assert line.startswith("gradscope: no optimizer step was seen: no torch.optim optimizer stepped")
+    assert [path.name for path in work.iterdir()] == ["train.py"]
+
+
+def test_training_that_ends_before_the_first_step_to_record_says_so(work: Path) -> None:
+    done = record("--start", "10", "--", sys.executable, "train.py", "4")
+    [line] = done.stderr.splitlines()
+    assert line == "gradscope: nothing was recorded: training ended before the first step to record"
+    assert not list(work.glob("*.gradscope"))
+
+
+def test_some_steps_can_be_chosen(work: Path) -> None:
+    done = record("--start", "2", "--every", "3", "--max-steps", "4", "--", sys.executable, "train.py", "30")
+    assert done.stdout == "trained\n"
+    assert metadata("train.gradscope")["steps"] == 4
+
+
+def test_some_parameters_can_be_chosen(work: Path) -> None:
+    record("--include", "*bias", "--", sys.executable, "train.py", "2")
+    inspection = gradscope.inspect(work / "train.gradscope")
+    assert inspection.gradients is not None
+    assert [tensor.name for tensor in inspection.gradients.tensors] == ["bias"]
+
+
+def test_a_run_can_be_ended_at_its_first_fault(work: Path) -> None:
+    done = record("--stop-on", "nonfinite", "--", sys.executable, "train.py", "20", "6")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "step 6: the gradient of" in done.stderr
+    assert metadata("train.gradscope")["steps"] == 7
+
+
+def test_force_replaces_the_trace_once_a_step_is_recorded(work: Path) -> None:
+    make_trace(work / "run.gradscope")
+    assert record("-q", "--force", "-o", "run", "--", sys.executable, "train.py", "3").stderr == ""
+    assert metadata("run.gradscope")["steps"] == 3
+
+
+def test_what_is_wrong_with_the_clipping_is_told_even_when_quiet(work: Path) -> None:
+    (work / "zero.py").write_text(TRAIN.replace("0.5)", "0.0)"))
+    done = record("-q", "--", sys.executable, "zero.py", "3")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("warning: ") and "max_norm" in line
+
+
+def test_a_killed_training_is_told_with_the_steps_that_it_holds(work: Path) -> None:
+    (work / "killed.py").write_text(
+        "import os, time\nfrom train import train\ntrain(5)\ntime.sleep(1)\nos.kill(os.getpid(), 9)\n"
+    )
+    done = record("--", sys.executable, "killed.py")
+    assert done.returncode == -9
+    line = done.stderr.splitlines()[0]
+    assert line.startswith("Recorded 4 updates") or line.startswith("Recorded 5 updates")
+    assert line.endswith("it is cut off: the process was killed")
