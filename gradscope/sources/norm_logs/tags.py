@@ -77,7 +77,7 @@ class Tags:
         if self.tag is None:
             return GradscopeError(
                 self.path,
-                f"logs no gradient norm that is called so: {series}",
+                f"logs nothing that is called a gradient norm: {series}",
                 "--tag NAME picks another series; gradscope record -- python train.py records the gradients themselves",
             )
         close = difflib.get_close_matches(self.tag, list(others), n=3, cutoff=0.4)
