@@ -134,7 +134,7 @@ def _recorded(inspection: results.Inspection) -> Iterable[str]:
         yield "The run did not clip its gradients."
     if len(clipping) > MOST_GROUPS_SAID:
         limits = _limits(run.overall) or "max_norm"
-        yield f"{limits} clipped {_how_often(run.overall, steps)}, one of {len(clipping)} clip groups at least."
+        yield f"{limits} clipped {_how_often(run.overall, steps)}; each counts where one of {len(clipping)} groups was."
     else:
         for group in clipping:
             owner = f"{group.name}: " if len(run.groups) > 1 else ""
@@ -176,6 +176,8 @@ def _how_often(group: results.RecordedClipping, steps: str) -> str:
         return f"{'the' if group.clipped_steps else 'not the'} only {steps[:-1]}"
     if not group.clipped_steps:
         return f"none of the {count(group.steps)} {steps}"
+    if group.clipped_steps == group.steps:
+        return f"all {count(group.steps)} {steps}: it normalises the gradients; it is no safety net"
     overall = f"{percent(group.clip_rate)} of {count(group.steps)} {steps}"
     recent = group.recent
     if recent.length >= group.steps or math.isnan(recent.clip_rate):

@@ -76,9 +76,14 @@ def test_groups_are_told_apart() -> None:
 def test_many_groups_are_told_of_together() -> None:
     steps = [{f"l{i}.w": np.array([float(i)]) for i in range(5)} for _ in range(30)]
     groups = {f"g{i}": [f"l{i}.w"] for i in range(5)}
-    findings = inspect(RecordedSource(steps, groups, limits=3.5)).findings
-    assert "max_norm 3.5 clipped 100 % of 30 updates (100 %" in findings[0]
-    assert findings[0].endswith(" of the last 20), one of 5 clip groups at least.")
+    findings = inspect(RecordedSource([*steps, {name: np.zeros(1) for name in steps[0]}], groups, limits=3.5)).findings
+    assert findings[0].startswith("max_norm 3.5 clipped 96.8 % of 31 updates (95.0 %")
+    assert findings[0].endswith(" of the last 20); each counts where one of 5 groups was.")
+
+
+def test_a_limit_below_all_norms_normalises() -> None:
+    findings = inspect(RecordedSource(run_of(norms(30)), limits=1e-3)).findings
+    assert "max_norm 0.001 clipped all 30 updates: it normalises the gradients; it is no safety net." in findings
 
 
 def test_a_limit_that_changes_is_the_one_of_its_step() -> None:
@@ -183,3 +188,13 @@ def test_what_is_wrong_with_the_run_comes_first() -> None:
     source = RecordedSource(run_of(norms(30)), limits=1.0)
     source.findings = ("The clip leaves out critic.weight.",)
     assert inspect(source).findings[0] == "The clip leaves out critic.weight."
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 120])
+def test_nothing_is_wider_than_the_screen(width: int) -> None:
+    groups = {"a group with a long name, as call sites make them": ["actor.weight"], "critic": ["critic.weight"]}
+    updates = dict.fromkeys(("actor.weight", "critic.weight"), (2.0, 1e-05))
+    source = RecordedSource(
+        run_of(norms(90)), groups, limits=np.array([1e-5, 12345.0]), clip_value=0.25, updates=updates
+    )
+    assert max(map(len, table(inspect(source), width).splitlines())) <= width

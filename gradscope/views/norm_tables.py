@@ -41,17 +41,17 @@ def _cells(fields: Iterable[Field], row: NormRow) -> tuple[str, ...]:
 def gradient_fields(what: str, rows: Sequence[NormRow], several_steps: bool) -> list[Field]:
     """The columns for gradients: one norm, or its spread over the steps."""
     fields = [name_field(what)]
+    updated = [UPDATE] if any(row.update_ratio is not None for row in rows) else []
     if several_steps:
         fields += [
             _spread_field("median norm", "p50"),
             _spread_field("p95", "p95", spare=2),
-            _spread_field("max", "max"),
+            _spread_field("max", "max", spare=2 if updated else 0),
             _spread_field("p99", "p99", spare=8),
             _spread_field("min", "min", spare=7),
         ]
     else:
         fields.append(norm_field("norm"))
-    updated = [UPDATE] if any(row.update_ratio is not None for row in rows) else []
     return [*fields, SHARE, *updated, *_tensor_fields(rows), ELEMENTS]
 
 
@@ -122,7 +122,7 @@ def _of_tensor(row: NormRow, name: str, text: Callable[[Any], str]) -> str:
 
 
 UPDATE = Field(
-    Column("update/weight", note="update/weight: median ‖θ' − θ‖/‖θ‖ of an optimizer step"),
+    Column("update/weight", spare=1, note="update/weight: median ‖θ' − θ‖/‖θ‖ of an optimizer step"),
     lambda row: known(row.update_ratio, lambda ratio: number(ratio, 2)),
 )
 SHARE = Field(Column("share"), lambda row: known(row.share, percent))
