@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from gradscope.trace.schema import COLUMNS, NULLABLE, SCHEMA
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+@cache
 def arrow_schema() -> pa.Schema:
     """The schema of a rank's stream; its metadata names the version of the format."""
     import pyarrow as pa

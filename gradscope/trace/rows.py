@@ -67,11 +67,12 @@ class Rows:
         for name, kind in COLUMNS.items():
             column = batch.column(batch.schema.get_field_index(name))
             if name in NULLABLE:
-                present[name] = column.is_valid().to_numpy(zero_copy_only=False)
-                column = column.fill_null(False if kind == "bool" else np.nan)
+                present[name] = _bits(column, 0)
             elif column.null_count:
                 raise ValueError(f"{name} is null")
-            if element_type(kind) is None:
+            if kind == "bool":
+                single[name] = _bits(column, 1) & present[name]
+            elif element_type(kind) is None:
                 single[name] = column.to_numpy(zero_copy_only=False)
             elif column.values.null_count:
                 raise ValueError(f"{name} holds null")
@@ -175,6 +176,18 @@ class Rows:
         """All values of a list column that these rows hold."""
         column = self.lists[name]
         return column.values[column.offsets[0] : column.offsets[-1]]
+
+
+def _bits(column: pa.Array, number: int) -> NDArray[np.bool_]:
+    """A buffer of bits of a column: which values are not null (0), or its Boolean values (1).
+
+    pyarrow's own functions for it lie in a module that takes longer to load than a trace to read.
+    """
+    buffer = column.buffers()[number]
+    if buffer is None:
+        return np.ones(len(column), dtype=np.bool_)
+    bits = np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little")
+    return bits[column.offset : column.offset + len(column)].astype(np.bool_)
 
 
 def _joined(parts: Sequence[Lists]) -> Lists:

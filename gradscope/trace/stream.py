@@ -134,7 +134,8 @@ def file_bytes(path: Path, most: int) -> bytes:
     Raises GradscopeError where it cannot be read, or holds more than ``most`` bytes.
     """
     with _open(path) as stream:
-        content: bytes = stream.read(most + 1)
-    if len(content) > most:
-        raise GradscopeError(str(path), f"holds more than {most >> 20} MiB")
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise GradscopeError(str(path), f"holds more than {most >> 20} MiB")
+        content: bytes = stream.read(size)
     return content
