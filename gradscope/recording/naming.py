@@ -31,6 +31,7 @@ class ParameterNames:
         self._holders: dict[str, weakref.ref[Tensor]] = {}
         self._names: dict[int, str] = {}
         self._prefixes: dict[int, str] = {}
+        self._sizes: dict[str, int] = {}
 
     def known(self, parameter: Tensor) -> str | None:
         """The name that ``parameter`` was given before."""
@@ -43,6 +44,12 @@ class ParameterNames:
         unnamed = [parameter for parameter, name in zip(parameters, named, strict=True) if name is None]
         fresh = iter(self._spell(unnamed, frame) if unnamed else ())
         return [name if name is not None else next(fresh) for name in named]
+
+    def whole_root(self, names: Sequence[str]) -> str | None:
+        """How ``names`` begin where they are all the parameters of one root module; None otherwise."""
+        prefixes = {name.partition(".")[0] for name in names}
+        prefix = prefixes.pop() if len(prefixes) == 1 else ""
+        return prefix if self._sizes.get(prefix) == len(names) else None
 
     def _spell(self, parameters: Sequence[Tensor], frame: FrameType | None) -> list[str]:
         modules, optimizers = _alive()
@@ -58,7 +65,9 @@ class ParameterNames:
             if root is None:
                 name = _variable(lambda value, p=parameter: value is p, outer) or f"param[{position}]"
             elif several:
-                name = f"{self._prefix(root, outer)}.{name}"
+                prefix = self._prefix(root, outer)
+                self._sizes[prefix] = next(len(names) for r, names in owned if r is root)
+                name = f"{prefix}.{name}"
             spelled.append(self._take(name, parameter))
         return spelled
 

@@ -340,7 +340,8 @@ class Recorder:
     def _group_name(self, parts: tuple[WatchedGroup, ...], call: ClipCall) -> str:
         taken = {group.name for group in self._metadata.groups}
         beside_clipped = call.function is None and any(group.function for group in self._metadata.groups)
-        shared = common_prefix([name for group in parts for name in group.names])
+        names = [name for group in parts for name in group.names]
+        shared = self._names.whole_root(names) or common_prefix(names)
         candidates = [shared or ("unclipped" if beside_clipped else "all"), f"{shared or 'all'} ({call.where})"]
         name = next((candidate for candidate in candidates if candidate not in taken), None)
         return name or f"{shared or 'all'} {len(taken) + 1}"
