@@ -231,7 +231,9 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
 def test_a_launcher_that_was_killed_leaves_the_command_running(tmp_path: Path) -> None:
     mark = tmp_path / "done"
-    process = subprocess.Popen([*RECORD, "sh", "-c", f"echo ready; sleep 0.5; echo > {mark}"], stdout=-1, env=CLEAN)
+    environment = {**CLEAN, "TMPDIR": str(tmp_path)}
+    command = [*RECORD, "sh", "-c", f"echo ready; sleep 0.5; echo > {mark}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.kill()
