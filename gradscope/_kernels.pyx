@@ -15,7 +15,7 @@ A ``Scanner`` is fed buffers or pieces of a file and then emptied with ``take``,
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, errno
-from libc.math cimport INFINITY, ldexp
+from libc.math cimport INFINITY, ldexp, sqrt
 from libc.stdint cimport SIZE_MAX, UINT16_MAX, UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -748,6 +748,18 @@ cdef class Scanner:
         return taken
 
 
+cpdef double scatter_doubt(double rounding, double count, double position, double scatter) noexcept:
+    """How far a bin's scatter may be off, if the means of what it was added up from were shifted.
+
+    Each of them by at most ``rounding`` times its position above the lower edge, which is ``position`` on average; the
+    scatters within were rounded as much.  By Cauchy-Schwarz the scatter between them changes by at most
+    2r√(S(S + cp²)) + r²(S + cp²).
+    """
+    cdef double s = scatter if scatter > 0.0 else 0.0
+    cdef double p = position if position > 0.0 else 0.0
+    return rounding * (3.0 * s + 2.0 * p * sqrt(count * s)) + 4.0 * rounding * rounding * (s + count * p * p)
+
+
 def clip_sums(
     const double[::1] lower not None,
     const double[::1] upper not None,
@@ -763,10 +775,10 @@ def clip_sums(
     inside (-1: none); over the bins above, their elements n, sum of a - c*v, and sum of (a - c*v)**2/c; and for either
     side (energy of the bin means, least and most scatter around them).  ``squares`` are the bins' sums of squares or
     None, where only the most is known: (mean - lower)*(upper - mean)*c.  ``rounding`` is how far a bin's sum may be
-    off, relative to what its elements exceed the lower edge by; the scatter is widened accordingly, the rest is not.
+    off, relative to what its elements exceed the lower edge by; ``scatter_doubt`` follows, the rest is not widened.
     """
     cdef Py_ssize_t i, straddling = -1, bins = lower.shape[0]
-    cdef double c, share, mean, d, energy, least, most, astray
+    cdef double c, share, mean, d, energy, least, most, doubt
     cdef double n = 0.0
     cdef double excess = 0.0, excess_lost = 0.0, square = 0.0, square_lost = 0.0
     cdef double[2] means = [0.0, 0.0]
@@ -782,18 +794,21 @@ def clip_sums(
         share = 1.0 / c
         mean = sum_abs[i] * share
         energy = sum_abs[i] * mean
-        most = astray = 0.0
+        most = 0.0
         if upper[i] > lower[i]:
-            astray = rounding * (upper[i] - lower[i]) * (sum_abs[i] - c * lower[i])
             # The mean may be off by two roundings.
             most = (mean - lower[i]) * (upper[i] - mean) * c
-            most = (most if most > 0.0 else 0.0) + 9e-16 * energy + astray
+            most = (most if most > 0.0 else 0.0) + 9e-16 * energy
+            if rounding > 0.0:
+                most += rounding * (upper[i] - lower[i]) * c * (mean - lower[i])
         least = 0.0
         if squares is not None:
             d = squares[i] - energy
-            astray = 3.0 * astray + 1e-14 * energy
-            least = min(max(d - astray, 0.0), most)
-            most = max(min(d + astray, most), least)
+            doubt = 1e-14 * energy
+            if rounding > 0.0:
+                doubt += scatter_doubt(rounding, c, mean - lower[i], d)
+            least = min(max(d - doubt, 0.0), most)
+            most = max(min(d + doubt, most), least)
         side = 0 if upper[i] <= v else 1
         add_compensated(&means[side], &means_lost[side], energy)
         scatter_least[side] += least

@@ -285,8 +285,6 @@ cdef enum:
     LEVEL2 = 24576
     LEVEL1 = 28672
     BELOW = 30720
-    # Of one tensor at most: kept octaves of 8 bins, the one below, and repetitions.
-    BINS_AT_MOST = (OCTAVES_KEPT + 1) * 8 + 1
     TWO_THREADS = 1 << 20
     GIL_ELEMENTS = 1 << 14
 
@@ -618,10 +616,10 @@ cdef class Tally:
 
     cdef size_t store(self, Py_ssize_t slot, FineBins *bins) noexcept nogil:
         """Stores ``bins`` as those of the tensor ``slot``."""
-        cdef size_t repeats = bins_repeated(bins)
-        cdef size_t capacity = 2 * (self.stored_size + BINS_AT_MOST + repeats)
+        cdef size_t needed = self.stored_size + most_bins(bins)
+        cdef size_t capacity = 2 * needed
         cdef StoredBin *more
-        if self.stored_size + BINS_AT_MOST + repeats > self.stored_capacity:
+        if needed > self.stored_capacity:
             more = <StoredBin *>realloc(self.stored, capacity * sizeof(StoredBin))
             if not more:
                 self.no_memory = True
@@ -637,14 +635,20 @@ cdef class Tally:
 cdef double NO_SQUARES = float("inf")
 
 
-cdef size_t bins_repeated(FineBins *bins) noexcept nogil:
-    """How many bins more than BINS_AT_MOST it may take, because a count has 32 bits."""
+cdef uint64_t counted(const FineBins *bins) noexcept nogil:
     cdef uint64_t total = 0
     cdef size_t i
     if bins.first <= bins.last:
         for i in range(bins.first, bins.last + 1):
             total += bins.bins[i].count
-    return total // UINT32_MAX
+    return total
+
+
+cdef size_t most_bins(const FineBins *bins) noexcept nogil:
+    """No more bins than that are stored; some may stand twice, because a count has 32 bits."""
+    if bins.first > bins.last:
+        return 0
+    return bins.last - bins.first + 2 + counted(bins) // UINT32_MAX
 
 
 cdef size_t emit_bin(StoredBin *out, uint16_t code, uint64_t count, double sum, double squares) noexcept nogil:
@@ -691,20 +695,20 @@ cdef size_t emit_bins(FineBins *bins, StoredBin *out) noexcept nogil:
     """Writes what is stored of fine bins, from the top down; returns how many bins that are.
 
     Clipping at v makes every element above v equal to v.  So where few elements lie in an octave beside those above,
-    it matters little to the clipped gradient how those few are split, and the octave may be coarse.
+    it matters little to the clipped gradient how those few are split, and the octave may be coarse.  The same goes for
+    everything below an octave, but for the largest 40: underflow to smaller dtypes is read off them.
     """
-    cdef size_t k = 0, octave, top, last
-    cdef uint64_t above = 0, inside
+    cdef size_t k = 0, octave, top
+    cdef uint64_t above = 0, inside, total = counted(bins)
     cdef const gm_bin *fine
     cdef int j
     if bins.first > bins.last:
         return 0
     top = bins.last >> 3
-    last = bins.first >> 3
-    if top > last + OCTAVES_KEPT:
-        last = top - OCTAVES_KEPT
     octave = top + 1
-    while octave > last:
+    while above < total:
+        if octave + OCTAVES_KEPT <= top and total - above <= total // 64:
+            return k + emit_below(bins, octave, out + k)
         octave -= 1
         fine = bins.bins + 8 * octave
         inside = 0
@@ -713,16 +717,14 @@ cdef size_t emit_bins(FineBins *bins, StoredBin *out) noexcept nogil:
         if inside == 0:
             continue
         above += inside
-        if inside <= above // 32:
+        if inside <= above // 64:
             k += emit_octave(out + k, fine, octave, 8, LEVEL1)
-        elif inside <= above // 8:
+        elif inside <= above // 16:
             k += emit_octave(out + k, fine, octave, 4, LEVEL2)
-        elif inside <= above // 2:
+        elif inside <= above // 4:
             k += emit_octave(out + k, fine, octave, 2, LEVEL4)
         else:
             k += emit_octave(out + k, fine, octave, 1, 0)
-    if bins.first < 8 * last:
-        k += emit_below(bins, last, out + k)
     return k
 
 

@@ -20,7 +20,7 @@ from gradscope.errors import GradscopeError
 from gradscope.value_clip import POINT_ROUNDING, Straddle, ValueClip, exact_sum
 
 try:
-    from gradscope._kernels import Scanner, clip_sums
+    from gradscope._kernels import Scanner, clip_sums, scatter_doubt
 except ModuleNotFoundError as missing:
     raise GradscopeError(
         "gradscope",
@@ -63,7 +63,7 @@ class MagnitudeSpectrum:
     elements outside the bins.
 
     ``rounding`` says how far the sums of a bin may be off where they were stored with fewer digits: ``sum_abs`` by this
-    share of Σ(|g| - lower), and the scatter Σ(|g| - mean)² by three times that, times the width of the bin.
+    share of Σ(|g| - lower), and the scatter Σ(|g| - mean)² as far as such shifts can change it.
     """
 
     lower: FloatArray = field(default_factory=lambda: _EMPTY, repr=False)
@@ -313,7 +313,9 @@ class MagnitudeSpectrum:
         least = 0.0
         if self.bin_sum_squares is not None:
             known = float(self.bin_sum_squares[k]) - energy
-            off = 1e-14 * energy + 3.0 * astray * (upper - lower)
+            off = 1e-14 * energy
+            if self.rounding:
+                off += scatter_doubt(self.rounding, c, mean - lower, known)
             least = min(max(known - off, 0.0), most)
             most = max(min(known + off, most), least)
         # As if the elements were shifted to the mean that is known.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy import frombuffer
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,11 @@ from gradscope.trace.measurement import Bins, Measurement
 
 if TYPE_CHECKING:
     from gradscope.recording.device_meter import DeviceMeter, Pending
+
+# Made once: a dtype's name costs as much as the array.
+_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
+_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
+_UINT32, _UINT16 = np.dtype(np.uint32), np.dtype(np.uint16)
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "float64",
@@ -43,34 +49,34 @@ class GroupMeter:
     def measure(self, pointers: list[int], spectra: int) -> Measurement:
         """The tensors at these addresses, 0 where there is no gradient.
 
-        ``spectra`` is 0 for none, 1 for the group's and 2 for the group's and the tensors'.  The arrays are read-only and the caller's own.
+        ``spectra`` is 0 for none, 1 for the group's and 2 for the group's and the tensors'.  The arrays are read-only
+        and the caller's own.
         """
         n = self._tensors
         data, of_group, of_tensors = self._tally.measure(pointers, spectra)
         measured = Measurement(
-            np.frombuffer(data, np.float64, n, 0),
-            np.frombuffer(data, np.float64, n, 8 * n),
-            np.frombuffer(data, np.int64, n, 16 * n),
-            np.frombuffer(data, np.int64, n, 24 * n),
-            np.frombuffer(data, np.int64, n, 32 * n),
+            frombuffer(data, _FLOAT64, n),
+            frombuffer(data, _FLOAT64, n, 8 * n),
+            frombuffer(data, _INT64, n, 16 * n),
+            frombuffer(data, _INT64, n, 24 * n),
+            frombuffer(data, _INT64, n, 32 * n),
         )
         if spectra:
             at, codes = 40 * n, 40 * n + 12 * (of_group + of_tensors)
             if spectra == 2:
-                measured.tensor_bin_counts = np.frombuffer(data, np.int32, n, codes)
+                measured.tensor_bin_counts = frombuffer(data, _INT32, n, codes)
                 codes += 4 * n
-                first = at + 12 * of_group
-                measured.tensor_bins = _bins(data, first, codes + 2 * of_group, of_tensors)
+                measured.tensor_bins = _bins(data, at + 12 * of_group, codes + 2 * of_group, of_tensors)
             measured.group_bins = _bins(data, at, codes, of_group)
         return measured
 
 
 def _bins(data: bytes, at: int, codes: int, n: int) -> Bins:
     return Bins(
-        np.frombuffer(data, np.uint16, n, codes),
-        np.frombuffer(data, np.uint32, n, at),
-        np.frombuffer(data, np.float32, n, at + 4 * n),
-        np.frombuffer(data, np.float32, n, at + 8 * n),
+        frombuffer(data, _UINT16, n, codes),
+        frombuffer(data, _UINT32, n, at),
+        frombuffer(data, _FLOAT32, n, at + 4 * n),
+        frombuffer(data, _FLOAT32, n, at + 8 * n),
     )
 
 

@@ -72,7 +72,7 @@ def decode(
     count = bins.count.astype(np.int64)
     value = lower + width * mean
     with np.errstate(over="ignore", under="ignore"):
-        squares = count * (value * value + spread * (width * width))
+        squares = count * (value * value + spread * width * width)
         energy = sum_squares / grad_scale / grad_scale
     return MagnitudeSpectrum.from_bins(
         lower, upper, count, count * value, squares, energy, max_abs / grad_scale, zeros, nan, inf, ROUNDING
