@@ -90,10 +90,12 @@ def describe_run(
     )
     met, hit, wrong = (np.asarray(here.any(axis=1)) for here in (limited, clipped, differ))
     largest = norms.max(axis=1, initial=0.0)
+    skipped = _skipped(history.stepped)
     return results.RecordedRun(
         overall=_clipping("all", history, list(range(len(names))), index, met, hit, wrong, largest),
         groups=groups,
-        steps_skipped=_skipped(history.stepped),
+        steps_skipped=None if skipped is None else int(skipped.sum()),
+        nonfinite_skipped=None if skipped is None else int((skipped & ~finite).sum()),
         phases=_phases(np.sqrt(np.square(norms).sum(axis=1)), index, finite),
     )
 
@@ -150,11 +152,11 @@ def _share(clipped: BoolArray) -> float:
     return float(clipped.mean()) if len(clipped) else float("nan")
 
 
-def _skipped(stepped: NDArray[np.int8]) -> int | None:
-    """The steps at which an optimizer is known not to have stepped, and none is known to have."""
+def _skipped(stepped: NDArray[np.int8]) -> BoolArray | None:
+    """Where an optimizer is known not to have stepped, and none is known to have; None where nothing is known."""
     if not (stepped >= 0).any():
         return None
-    return int(((stepped == 0).any(axis=1) & ~(stepped == 1).any(axis=1)).sum())
+    return np.asarray((stepped == 0).any(axis=1) & ~(stepped == 1).any(axis=1))
 
 
 def _phases(norms: FloatArray, index: NDArray[np.int64], finite: BoolArray) -> tuple[results.NormPhase, ...]:

@@ -31,7 +31,8 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
     gradients = inspection.gradients
     if gradients is not None:
         total = inspection.source.steps if steps_read is None else steps_read
-        found += _nonfinite(gradients.nonfinite, total, alone=gradients.at is not None)
+        skipped = inspection.recorded.nonfinite_skipped if inspection.recorded else None
+        found += _nonfinite(gradients.nonfinite, total, alone=gradients.at is not None, skipped=skipped or 0)
         found += _overflow(_float32_overflow(gradients))
         found += _recorded(inspection)
         found += _dominance([(group.name, group.share) for group in gradients.groups])
@@ -46,8 +47,11 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
     return tuple(dict.fromkeys(found))
 
 
-def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int, alone: bool = False) -> list[str]:
-    """What is broken in ``steps``, of ``total``; ``alone`` where one of them is all that is looked at."""
+def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int, alone: bool = False, skipped: int = 0) -> list[str]:
+    """What is broken in ``steps``, of ``total``; ``alone`` where one of them is all that is looked at.
+
+    At ``skipped`` of them the optimizer is known not to have stepped.
+    """
     if not steps:
         return []
     first = steps[0]
@@ -64,6 +68,8 @@ def _nonfinite(steps: Sequence[results.NonfiniteStep], total: int, alone: bool =
         said = f"{count(len(steps))} of {count(total)} steps hold NaN or Inf, first {step}, in {tensors}."
     if not alone and len(steps) < total:
         said += f" {'It is' if len(steps) == 1 else 'They are'} left out of every rate and quantile."
+    if skipped == len(steps):
+        return [said, f"The optimizer did not step at {'it' if skipped == 1 else 'any of them'}."]
     return [
         said,
         "PyTorch's default clip_grad_norm_ would have made every gradient of the group NaN where there is a NaN; "
@@ -147,7 +153,8 @@ def _recorded(inspection: results.Inspection) -> Iterable[str]:
             f"At {count(run.overall.decisions_differ)} of {count(run.overall.steps)} {steps} the norm that the library "
             "computed is on the other side of max_norm than the exact one."
         )
-    if run.steps_skipped:
+    # A GradScaler skips steps that are not finite: that has been said.
+    if run.steps_skipped and run.steps_skipped != run.nonfinite_skipped:
         yield f"The optimizer skipped {count(run.steps_skipped)} of the {steps}."
     if len(run.phases) > 1:
         before, last = run.phases[-2:]

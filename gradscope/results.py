@@ -163,12 +163,14 @@ class RecordedRun:
     """What a trace tells of the run beside its gradients.
 
     At ``steps_skipped`` steps no optimizer stepped although one was asked to; None where that was not recorded.
+    ``nonfinite_skipped`` of them hold NaN or Inf.
     ``phases`` are the stretches of steady size, with the median norm of each.
     """
 
     overall: RecordedClipping
     groups: tuple[RecordedClipping, ...]
     steps_skipped: int | None
+    nonfinite_skipped: int | None
     phases: tuple[NormPhase, ...]
 
 

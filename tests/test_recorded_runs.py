@@ -130,7 +130,12 @@ def test_steps_that_are_not_finite_are_no_part_of_the_rate() -> None:
     inspection = inspect(RecordedSource(run_of(actor, np.zeros(4)), limits=2.0, stepped=stepped))
     run = recorded(inspection)
     assert (run.overall.steps, run.overall.clip_rate, run.steps_skipped) == (3, 2 / 3, 1)
-    assert "The optimizer skipped 1 of the updates." in inspection.findings
+    assert run.nonfinite_skipped == 1
+    assert "The optimizer did not step at it." in inspection.findings
+    assert not any("would have made every gradient" in finding for finding in inspection.findings)
+    stepped[2] = 0
+    inspection = inspect(RecordedSource(run_of(actor, np.zeros(4)), limits=2.0, stepped=stepped))
+    assert "The optimizer skipped 2 of the updates." in inspection.findings
     unknown = recorded(inspect(RecordedSource(run_of(actor, np.zeros(4)), stepped=-1)))
     assert unknown.steps_skipped is None
 

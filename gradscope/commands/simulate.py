@@ -77,8 +77,9 @@ def simulate(
 ) -> None:
     """How often each policy would have clipped, and what that does to length and direction of the gradient.
 
-    Without a policy a recorded run is replayed with its own max_norm. Ends with the max_norm that would clip 10, 5, 1 and
-    50 % of the steps. Options with ... take several values.
+    Ends with the max_norm that would clip 10, 5, 1 and 50 % of the steps. Options with ... take several values.
+
+    Without a policy, a recorded run is replayed with its own max_norm.
     """
     chosen = chosen_policies(max_norm or (), clip_value or (), policy or ())
     chosen_groups = options.parse_groups(groups)

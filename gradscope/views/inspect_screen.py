@@ -106,11 +106,11 @@ def _gradient_blocks(
     if inspection.source.kind == "norm-log":
         yield _series_table(gradients, choices)
         return
-    recorded = inspection.recorded if choices.by != "group" else None
+    recorded, by_group = inspection.recorded, choices.by == "group"
     own = recorded is not None and [g.name for g in recorded.groups] == [g.name for g in gradients.groups]
     if recorded is not None and len(recorded.groups) > 1:
-        yield recorded_table(recorded, gradients if own else None)
-    if len(gradients.groups) > 1 and choices.by != "group" and not own:
+        yield recorded_table(recorded, gradients if own and not by_group else None)
+    if len(gradients.groups) > 1 and not by_group and not own:
         yield _gradient_table(gradients, gradient_rows(gradients, "group"), None, "clip group")
     rows = ordered(gradient_rows(gradients, choices.by), choices.sort)
     shown, rest = shown_and_folded(rows, choices.top, choices.by)
