@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradscope.recording.clip_groups import WatchedGroup, Witness
-from gradscope.recording.optimizers import OptimizerWatch
+
+if TYPE_CHECKING:
+    from gradscope.recording.optimizers import OptimizerWatch
 
 
 @dataclass(eq=False, slots=True)
@@ -31,9 +33,22 @@ class ClipCall:
     consumers: list[OptimizerWatch] = field(default_factory=list)
     weight_norms: list[Any] = field(default_factory=list)
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to write of it."""
+        for _, measured in self.parts:
+            if measured is not None:
+                return True
+        return False
+
     def covers(self, watch: OptimizerWatch) -> bool:
         """Whether ``watch`` updates parameters of this call, and has not done so yet."""
-        return watch not in self.consumers and any(not watch.ids.isdisjoint(group.members) for group, _ in self.parts)
+        if watch in self.consumers:
+            return False
+        for group, _ in self.parts:
+            if group.watch is watch or not watch.ids.isdisjoint(group.members):
+                return True
+        return False
 
     def combine(self, max_norm: float | None, clip_value: Any) -> None:
         """A second clip of the same gradient: by value after by norm, or the other way round; what it met stands."""

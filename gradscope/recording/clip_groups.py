@@ -32,7 +32,7 @@ class WatchedGroup:
     """
 
     function: str | None
-    call_site: str | None
+    call_site: str
     names: list[str]
     tensors: list[int]
     owned: bool
@@ -43,8 +43,6 @@ class WatchedGroup:
     smallest: int = 0
     members: frozenset[int] = frozenset()
     watch: OptimizerWatch | None = None
-    after_clipping: str | None = None
-    returned_partial: bool = False
     positions: dict[int, int] = field(default_factory=dict)
     updates: UpdateNorms | None = None
 
@@ -98,7 +96,7 @@ class Witness:
 
 
 # How the book gets a new group: (parameters, frame, function, call site) -> its description.
-NewGroup = Callable[[list[Tensor], "FrameType | None", "str | None", "str | None"], WatchedGroup]
+NewGroup = Callable[[list[Tensor], "FrameType | None", "str | None", str], WatchedGroup]
 
 
 class GroupBook:
@@ -135,10 +133,10 @@ class GroupBook:
         return group, True
 
 
-def call_site(frame: FrameType | None) -> str | None:
+def call_site(frame: FrameType | None) -> str:
     """``file.py:line``, as a reader looks it up."""
     if frame is None:
-        return None
+        return "?"
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from gradscope.notation import setting
 from gradscope.trace.schema import LintFinding
 
-# Optimizers whose update does not depend on the length of the gradient.
-NORMALISING_OPTIMIZERS = ("muon",)
 NAMES_SHOWN = 3
 
 

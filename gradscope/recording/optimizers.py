@@ -9,11 +9,14 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from gradscope.recording.clip_groups import WatchedGroup, Witness
+from gradscope.recording.clip_calls import ClipCall
+from gradscope.recording.clip_groups import Witness
 
 # They clip inside their own optimizers, before torch's optimizer is called with the result.
 CLIPPING_FRAMEWORKS = {"deepspeed": "DeepSpeed", "megatron": "Megatron"}
 FRAMES_SEARCHED = 8
+# Their update does not depend on the length of the gradient.
+NORMALISING = ("muon",)
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +30,7 @@ class OptimizerWatch:
     ref: weakref.ref[torch.optim.Optimizer]
     name: str
     after_clipping: str | None
+    normalises: bool = False
     parameters: list[Tensor] = field(default_factory=list)
     ids: frozenset[int] = frozenset()
     never: list[int] = field(default_factory=list)
@@ -36,12 +40,14 @@ class OptimizerWatch:
     captured: bool = False
     frame: FrameType | None = None
     used: list[Witness] = field(default_factory=list)
+    calls: list[ClipCall] = field(default_factory=list)
     rest_of: dict[tuple[frozenset[int], ...], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch:
         """Begin to watch ``optimizer``, stepped from ``frame``."""
-        watch = cls(weakref.ref(optimizer), type(optimizer).__name__, _clipped_before(frame))
+        name = type(optimizer).__name__
+        watch = cls(weakref.ref(optimizer), name, _clipped_before(frame), name.lower().startswith(NORMALISING))
         # The parameters live as long as their optimizer, and no longer for being watched.
         weakref.finalize(optimizer, watch.release).atexit = False
         return watch
@@ -66,9 +72,8 @@ class OptimizerWatch:
         self.never = [i for i, parameter in enumerate(self.parameters) if id(parameter) not in known]
         self.rest_of.clear()
 
-    def rest(self, groups: tuple[WatchedGroup, ...]) -> list[Tensor]:
-        """The parameters that none of ``groups`` covers."""
-        members = tuple(group.members for group in groups)
+    def rest(self, members: tuple[frozenset[int], ...]) -> list[Tensor]:
+        """The parameters that are in none of ``members``."""
         found = self.rest_of.get(members)
         if found is None:
             covered = frozenset().union(*members)
@@ -77,8 +82,7 @@ class OptimizerWatch:
 
     def note_gradients(self) -> None:
         """Strike out the parameters that have a gradient now."""
-        if self.never:
-            self.never = [i for i in self.never if self.parameters[i].grad is None]
+        self.never = [i for i in self.never if self.parameters[i].grad is None]
 
 
 def _clipped_before(frame: FrameType | None) -> str | None:

@@ -186,6 +186,8 @@ class Recorder:
 
     def emit(self, step: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
         """Take one row from the watcher (see ``watcher.Sink``)."""
+        if not call.measured:
+            return
         if self._max_steps is not None and step != self._last_step and self._recorded >= self._max_steps:
             self._watcher.stop()
             return
@@ -265,7 +267,7 @@ class Recorder:
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def _describe(
-        self, parameters: list[Tensor], frame: FrameType | None, function: str | None, site: str | None
+        self, parameters: list[Tensor], frame: FrameType | None, function: str | None, site: str
     ) -> WatchedGroup:
         if self._metadata.framework is None:
             self._metadata.framework = framework_of(frame)
@@ -307,7 +309,7 @@ class Recorder:
 
     def _group_of(self, call: ClipCall) -> int:
         """The number of the trace's group for ``call``, which gets one when it is first recorded."""
-        parts = tuple(group for group, measured in call.parts if measured is not None)
+        parts = tuple([group for group, measured in call.parts if measured is not None])
         index = self._groups.get(parts)
         if index is None:
             index = self._groups[parts] = self._define_group(parts, call)
@@ -320,7 +322,7 @@ class Recorder:
             # A model that was built again at the same place goes on under its name.
             if known.tensors == tensors and known.function == call.function and known.call_site == call.where:
                 return number
-        watch, clipped_before = parts[0].watch, parts[0].after_clipping
+        watch, clipped_before = parts[0].watch, parts[0].watch.after_clipping if parts[0].watch else None
         self._metadata.groups.append(
             RecordedGroup(
                 name=self._group_name(parts, call),

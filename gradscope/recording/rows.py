@@ -11,8 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from gradscope.recording.clip_calls import ClipCall
-from gradscope.recording.scalars import PendingScalar, take_down
+from gradscope.recording.scalars import take_down
 from gradscope.trace.measurement import Bins, Measurement, Row
+
+
+# Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
+HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement})
 
 
 @dataclass(eq=False, slots=True)
@@ -24,8 +28,9 @@ class _Waiting:
     update_norms: list[Any]
 
     def ready(self) -> bool:
-        numbers = (self.call.returned, self.stepped, *self.call.weight_norms, *self.update_norms)
-        return all(n.ready() for n in (*numbers, *(m for _, m in self.call.parts)) if hasattr(n, "ready"))
+        numbers = [self.call.returned, self.stepped, *self.call.weight_norms, *self.update_norms]
+        numbers += [measured for _, measured in self.call.parts]
+        return all([number.ready() for number in numbers if type(number) not in HERE])
 
 
 class RowQueue:
@@ -61,7 +66,7 @@ def _row(row: _Waiting) -> Row:
     stepped = row.stepped
     if stepped is not None and not isinstance(stepped, bool):
         # What a fused optimizer was told: 0 where nothing was infinite.
-        stepped = _number(stepped) == 0.0
+        stepped = _arrived(stepped) == 0.0
     return Row(
         row.step,
         row.group,
@@ -70,7 +75,7 @@ def _row(row: _Waiting) -> Row:
         call.max_norm,
         call.clip_value,
         call.norm_type,
-        _number(call.returned),
+        _arrived(call.returned),
         call.grad_scale,
         stepped,
         _norms(call.weight_norms),
@@ -78,12 +83,8 @@ def _row(row: _Waiting) -> Row:
     )
 
 
-def _number(value: Any) -> Any:
-    return value.value() if isinstance(value, PendingScalar) else value
-
-
 def _arrived(value: Any) -> Any:
-    return value.result() if hasattr(value, "result") else value
+    return value if type(value) in HERE else value.result()
 
 
 def _norms(parts: list[Any]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PendingScalar:
-    """A number on its way from a device: ``value()`` once ``ready()``."""
+    """A number on its way from a device: ``result()`` once ``ready()``."""
 
     def __init__(self, number: Tensor) -> None:
         self.dtype = number.dtype
@@ -23,7 +23,7 @@ class PendingScalar:
         """Whether the copy has arrived."""
         return self._event is None or bool(self._event.query())
 
-    def value(self) -> float:
+    def result(self) -> float:
         """The number; waits for it."""
         if self._event is not None:
             self._event.synchronize()

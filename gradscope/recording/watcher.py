@@ -8,7 +8,6 @@ stepped in it steps again, so that the optimizers of one iteration (actor, criti
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.clip_groups import GroupBook, WatchedGroup, Witness, call_site
-from gradscope.recording.lint import NORMALISING_OPTIMIZERS, ClipLint
+from gradscope.recording.lint import ClipLint
 from gradscope.recording.naming import parameter_ids
 from gradscope.recording.optimizers import OptimizerWatch
 from gradscope.recording.sampling import Sampling
 from gradscope.recording.scalars import take_down
 
+INFINITY = float("inf")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -70,7 +70,6 @@ class Watcher:
         self._book = book
         self._lint = lint
         self._sampling = sampling
-        self._pid = os.getpid()
         self._active = True
         self._local = _Depth()
         self._lock = threading.RLock()
@@ -80,11 +79,11 @@ class Watcher:
 
     def watching(self) -> bool:
         """Whether a clip call made now is to be looked at."""
-        return self._active and not self._local.depth and self._pid == os.getpid()
+        return self._active and not self._local.depth
 
     def stepping(self) -> bool:
         """Whether an optimizer step made now is to be looked at."""
-        return self._active and self._pid == os.getpid()
+        return self._active
 
     def nested(self) -> _Depth:
         """Within this context clip calls of this thread are parts of one that was seen already."""
@@ -110,11 +109,11 @@ class Watcher:
         """Measure the gradients of ``parameters`` as the clip call is about to find them."""
         with self._lock:
             limit = None if max_norm is None else float(max_norm)
-            where = call_site(frame) or "?"
             if not parameters:
-                self._lint.nothing_to_clip(function, where, self.step, 0)
+                self._lint.nothing_to_clip(function, call_site(frame), self.step, 0)
                 return None
             group, whole = self._book.find(parameters, frame, function)
+            where = group.call_site
             if group.watch is not None and group.watch.captured:
                 # A later evaluation of the closure: the step's gradient is that of the first.
                 return None
@@ -124,12 +123,12 @@ class Watcher:
                 return None
             step = self._next_step(group)
             self._look_at_threshold(limit, clip_value, where, step, group)
-            same = next((c for c in self._calls.values() if c.witness and c.witness.confirms(group)), None)
-            if same is not None and not same.consumers:
-                if same.function == function:
-                    self._lint.twice(function, where, step, self._name(group))
-                same.combine(limit, clip_value)
-                return same
+            for same in self._calls.values():
+                if same.witness is not None and not same.consumers and same.witness.confirms(group):
+                    if same.function == function:
+                        self._lint.twice(function, where, step, self._name(group))
+                    same.combine(limit, clip_value)
+                    return same
             if self._used_before(group):
                 self._lint.after_step(function, where, step, self._name(group))
                 return None
@@ -151,6 +150,8 @@ class Watcher:
             if combined is not None:
                 combined.parts.extend(call.parts)
                 call = combined
+            # Anew at the end: rows go out in the order of their calls.
+            self._calls.pop(group, None)
             self._calls[group] = call
             return call
 
@@ -170,24 +171,25 @@ class Watcher:
         return self.step + 1 if watch is not None and watch.round == self.step else self.step
 
     def _measure(self, group: WatchedGroup, parameters: list[Tensor], whole: bool, step: int) -> Any:
-        if not self._sampling.due(step):
-            return None
-        if group.meter is None:
+        if group.meter is None or not self._sampling.due(step):
             return None
         return group.meter.measure(group.gradients(parameters, whole), self._sampling.spectra(step))
 
     def _look_at_threshold(
         self, limit: float | None, clip_value: Any, where: str, step: int, group: WatchedGroup
     ) -> None:
-        if limit is not None and not 0.0 < limit < float("inf"):
+        if limit is not None and not 0.0 < limit < INFINITY:
             self._lint.threshold(limit, "max_norm", where, step, self._name(group))
-        if clip_value is not None and not 0.0 < float(clip_value) < float("inf"):
+        if clip_value is not None and not 0.0 < float(clip_value) < INFINITY:
             self._lint.threshold(float(clip_value), "clip_value", where, step, self._name(group))
 
     def _used_before(self, group: WatchedGroup) -> bool:
         """Whether an optimizer has used this very gradient already."""
-        watches = self._optimizers.values() if group.watch is None else (group.watch,)
-        return any(witness.confirms(group) for watch in watches for witness in watch.used)
+        for watch in self._optimizers.values() if group.watch is None else (group.watch,):
+            for witness in watch.used:
+                if witness.confirms(group):
+                    return True
+        return False
 
     def _combined(self, call: ClipCall) -> ClipCall | None:
         """The call before this one that was given the same total norm."""
@@ -302,8 +304,7 @@ class Watcher:
         if watch in self._stepping:
             # Its last step ended in an exception.
             del self._stepping[self._stepping.index(watch) :]
-        outer = next((w for w in reversed(self._stepping) if w is not None), None)
-        inner = outer is not None and not outer.ids.isdisjoint(watch.ids)
+        inner = any(outer is not None and not outer.ids.isdisjoint(watch.ids) for outer in self._stepping)
         self._stepping.append(None if inner else watch)
         watch.captured = False
         watch.frame = frame
@@ -312,39 +313,49 @@ class Watcher:
     def _capture(self, watch: OptimizerWatch, optimizer: torch.optim.Optimizer) -> None:
         """Settle which clip calls this step uses, and measure what none of them covered."""
         watch.captured = True
-        watch.note_gradients()
-        if watch.never and not watch.finished:
-            waiting = [i for i in watch.never if watch.parameters[i].requires_grad]
-            watch.unused = dict(zip(waiting, self.sink.names_of([watch.parameters[i] for i in waiting]), strict=True))
-        calls = [call for call in dict.fromkeys(self._calls.values()) if call.covers(watch)]
+        if watch.never:
+            self._note_gradients(watch)
         step = self.step + 1 if watch.round == self.step else self.step
+        calls = watch.calls = self._calls_of(watch)
         scale = getattr(optimizer, "grad_scale", None)
-        clipped = any(call.function is not None for call in calls)
+        clipped = False
         for call in calls:
+            clipped = clipped or call.function is not None
             self._settle(call, watch, step)
             if scale is not None:
                 self._scaled(call, float(scale))
-        groups = tuple(group for call in calls for group, _ in call.parts)
-        rest = watch.rest(groups)
-        if any(parameter.grad is not None for parameter in rest):
-            self._unclipped(watch, rest, step, 1.0 if scale is None else float(scale), clipped)
+        rest = watch.rest(tuple([group.members for call in calls for group, _ in call.parts]))
+        if rest and any(parameter.grad is not None for parameter in rest):
+            calls.append(self._unclipped(watch, rest, step, 1.0 if scale is None else float(scale), clipped))
         if self._sampling.due(step) and self._sampling.tenth(step):
-            self._weigh(watch)
+            for call in calls:
+                if not call.weight_norms:
+                    call.weight_norms = [group.updates.before() for group, _ in call.parts if group.updates]
+
+    def _calls_of(self, watch: OptimizerWatch) -> list[ClipCall]:
+        """The clip calls whose gradient ``watch`` uses, once each, in their order."""
+        if len(self._calls) == 1:
+            return [call for call in self._calls.values() if call.covers(watch)]
+        return [call for call in dict.fromkeys(self._calls.values()) if call.covers(watch)]
+
+    def _note_gradients(self, watch: OptimizerWatch) -> None:
+        watch.note_gradients()
+        if not watch.finished:
+            waiting = [i for i in watch.never if watch.parameters[i].requires_grad]
+            watch.unused = dict(zip(waiting, self.sink.names_of([watch.parameters[i] for i in waiting]), strict=True))
 
     def _settle(self, call: ClipCall, watch: OptimizerWatch, step: int) -> None:
         for group, _ in call.parts:
             group.watch = watch
-            group.after_clipping = watch.after_clipping
-        if call.max_norm is not None and watch.name.lower().startswith(NORMALISING_OPTIMIZERS):
+        if watch.normalises and call.max_norm is not None:
             self._lint.normalised(watch.name, call.where, step, self._name(call.parts[0][0]))
 
     def _unclipped(
         self, watch: OptimizerWatch, rest: list[Tensor], step: int, scale: float, beside_clipped: bool
-    ) -> None:
+    ) -> ClipCall:
         group, whole = self._book.find(rest, watch.frame, None, ("step", id(watch), beside_clipped))
         group.watch = watch
-        group.after_clipping = watch.after_clipping
-        call = ClipCall(None, call_site(watch.frame) or "?", [(group, self._measure(group, rest, whole, step))])
+        call = ClipCall(None, group.call_site, [(group, self._measure(group, rest, whole, step))])
         call.time = time.time()
         call.grad_scale = scale
         call.witness = Witness.of(rest[group.smallest] if whole else None)
@@ -352,11 +363,7 @@ class Watcher:
         if beside_clipped:
             missing = [p for p in rest if p.grad is not None]
             self._lint.coverage(watch.name, self.sink.names_of(missing), len(watch.parameters), step)
-
-    def _weigh(self, watch: OptimizerWatch) -> None:
-        for call in self._calls.values():
-            if call.covers(watch) and not call.weight_norms:
-                call.weight_norms = [group.updates.before() for group, _ in call.parts if group.updates]
+        return call
 
     def _conclude(self, watch: OptimizerWatch, stepped: Any) -> None:
         """The step of ``watch`` is over: its rows go out."""
@@ -366,23 +373,20 @@ class Watcher:
         watch.finished += 1
         watch.captured = False
         watch.frame = None
-        calls = [call for call in dict.fromkeys(self._calls.values()) if call.covers(watch)]
+        calls, watch.calls = watch.calls, []
         watch.used = [call.witness for call in calls if call.witness is not None]
-        self._finish([call for call in calls if not call.consumers], self.step, stepped, watch)
+        self._finish([call for call in calls if not call.consumers], self.step, stepped)
         for call in calls:
             call.consumers.append(watch)
-        self._forget(watch)
+            for group, _ in call.parts:
+                # A call over several optimizers waits for the others.
+                if group.members <= watch.ids or call.function is None:
+                    self._calls.pop(group, None)
 
     def _all_gone(self) -> bool:
         """Whether the optimizers of this step are no more: then another training has begun."""
         stepped = [watch.ref() for watch in self._optimizers.values() if watch.round == self.step]
         return bool(stepped) and all(optimizer is None for optimizer in stepped)
-
-    def _forget(self, watch: OptimizerWatch) -> None:
-        """Drop calls whose every parameter has been used; others wait for their second optimizer."""
-        for group, call in list(self._calls.items()):
-            if call.consumers and (call.function is None or group.members <= watch.ids or watch not in call.consumers):
-                del self._calls[group]
 
     def _round_of(self, group: WatchedGroup) -> int:
         """The step of a gradient that no torch optimizer uses: one per clip call."""
@@ -394,15 +398,14 @@ class Watcher:
         watch.round = self.step
         return self.step
 
-    def _finish(self, calls: list[ClipCall], step: int, stepped: Any, watch: OptimizerWatch | None = None) -> None:
+    def _finish(self, calls: list[ClipCall], step: int, stepped: Any) -> None:
         if not self._sampling.due(step):
             return
         for call in calls:
             updates: list[Any] = []
             if call.weight_norms:
                 updates = [group.updates.after() for group, _ in call.parts if group.updates]
-            if any(measured is not None for _, measured in call.parts):
-                self.sink.emit(step, call, stepped, updates)
+            self.sink.emit(step, call, stepped, updates)
 
     def finish(self) -> None:
         """The recording ends: rows of gradients that no torch optimizer uses go out."""
