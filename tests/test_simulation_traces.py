@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from in_memory_source import Arrays, InMemorySource, RecordedSource, angle_deg, flatten
+from trace_rows import described, row, write
 
+import gradscope
 from gradscope.errors import GradscopeError
 from gradscope.inspection import inspect
 from gradscope.simulation import simulate
@@ -169,3 +173,32 @@ def test_gaps_between_the_numbers_of_steps_are_no_steps() -> None:
         inspect(source, at=75)
     with pytest.raises(GradscopeError, match="steps run from 0 to 390"):
         inspect(source, at=400)
+
+
+@pytest.mark.parametrize("v", [0.003, 0.05, 0.5, 2.0])
+def test_angles_of_a_stored_trace_hold_the_truth_within_a_degree(tmp_path: Path, v: float) -> None:
+    steps = run(30, seed=3)
+    names = list(steps[0])
+    metadata = described({name: array.shape for name, array in steps[0].items()}, GROUPS, framework="rsl_rl PPO")
+    rows = [
+        row(i, [step[name] for name in members], group, spectra="group" if i % 10 else "all", max_norm=1.0)
+        for i, step in enumerate(steps)
+        for group, members in enumerate(GROUPS.values())
+    ]
+    trace = write(tmp_path / "run.gradscope", metadata, rows)
+    simulation = gradscope.simulate(trace, [f"value:{v}"])
+    result = simulation.results[0]
+    angles = np.array([angle_deg(*clipped(step, names, v)) for step in steps])
+    change = result.direction_change_deg
+    assert change is not None
+    assert result.direction_change_error_deg <= 1.0
+    for told, true in ((change.min, angles.min()), (change.mean, angles.mean()), (change.max, angles.max())):
+        assert abs(told - true) <= result.direction_change_error_deg + 1e-6
+    elements = sum(int((np.abs(flatten(list(step.values()))) > v).sum()) for step in steps)
+    assert abs(result.clipped_elements - elements) <= result.clipped_elements_error
+    assert (result.group_steps, result.layer_steps) == (30, 3)
+    assert VIEWS["table"](simulation, ViewChoices(width=200)).splitlines()[0].endswith(": 30 updates, rsl_rl PPO")
+    assert gradscope.inspect(trace).recorded is not None
+    # Several policies share what was decoded.
+    both = gradscope.simulate(trace, [f"value:{v}", "value:0.1"]).results
+    assert both[0] == result
