@@ -194,14 +194,14 @@ cdef extern from *:
             uint32_t m = x[i] & 0x7fffu, normal = (m << 13) + (112u << 23), high = normal + (112u << 23), small;
             float f = (float)(int32_t)m * 0x1p-24f;
             memcpy(&small, &f, 4);
-            out[i] = m >= 0x7c00u ? high : m < 0x400u ? small : normal;
+            out[i] = (m >= 0x7c00u ? high : m < 0x400u ? small : normal) | (uint32_t)(x[i] & 0x8000u) << 16;
         }
     }
 
     static void gm_widen_byte(const uint8_t *x, size_t n, const uint32_t *value, uint32_t *out)
     {
         size_t i;
-        for (i = 0; i < n; i++) out[i] = value[x[i] & 0x7f];
+        for (i = 0; i < n; i++) out[i] = value[x[i] & 0x7f] | (uint32_t)(x[i] & 0x80) << 24;
     }
 
     /* The sums of squares of a - b, of floats and of doubles. */
@@ -787,8 +787,8 @@ cdef class Tensors:
     def __dealloc__(self):
         free(self.pieces)
 
-    cdef int point(self, list pointers, Piece *pieces) except -1:
-        """Fills ``pieces`` with the tensors that are there and returns their number."""
+    cdef int point(self, list pointers, Piece *pieces, bint empty) except -1:
+        """Fills ``pieces`` with the tensors that are there, ``empty`` ones in any case, and returns their number."""
         cdef Py_ssize_t i
         cdef int n = 0
         cdef size_t address
@@ -797,7 +797,7 @@ cdef class Tensors:
         self.elements = 0
         for i in range(self.tensors):
             address = pointers[i]
-            if address or self.pieces[i].numel == 0:
+            if address or (empty and self.pieces[i].numel == 0):
                 pieces[n] = self.pieces[i]
                 pieces[n].tensor = i
                 pieces[n].data = <const char *>address
@@ -832,7 +832,7 @@ cdef class GradientTally(Tensors):
         count (uint32), mean and spread (float32) of the group's bins, then of the tensors'; how many bins each tensor
         has (int32); and the codes (uint16) of both.  ``spectra``: 0 none, 1 the group's, 2 the tensors' too.
         """
-        cdef Py_ssize_t n = self.point(pointers, self.present), cut = self.tensors
+        cdef Py_ssize_t n = self.point(pointers, self.present, False), cut = self.tensors
         cdef Py_ssize_t i
         cdef Tally tally = self.tally or Tally(self.tensors)
         # An interrupt leaves half-filled tables, which then are no longer anybody's.
@@ -1041,7 +1041,7 @@ cdef class UpdateTally(Tensors):
 
     def before(self, list pointers not None):
         """The norm of every tensor, NaN where its address is 0, as the bytes of float64; copies what has its turn."""
-        cdef int n = self.point(pointers, self.present), i
+        cdef int n = self.point(pointers, self.present, True), i
         norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
         cdef double *out = <double *>PyBytes_AS_STRING(norms)
         for i in range(self.tensors):
@@ -1074,7 +1074,7 @@ cdef class UpdateTally(Tensors):
 
     def after(self, list pointers not None):
         """The norm of every tensor's change since ``before``, as the bytes of float64; NaN where it was not copied."""
-        cdef int n = self.point(pointers, self.present), i
+        cdef int n = self.point(pointers, self.present, True), i
         norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
         cdef double *out = <double *>PyBytes_AS_STRING(norms)
         cdef Py_ssize_t tensor

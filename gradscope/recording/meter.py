@@ -11,20 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy import frombuffer
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gradscope._meter import GradientTally, UpdateTally
-from gradscope.trace.measurement import Bins, Measurement
+from gradscope.trace.measurement import Measurement, PackedMeasurement
 
 if TYPE_CHECKING:
     from gradscope.recording.device_meter import DeviceMeter, Pending
-
-# Made once: a dtype's name costs as much as the array.
-_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
-_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
-_UINT32, _UINT16 = np.dtype(np.uint32), np.dtype(np.uint16)
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "float64",
@@ -52,32 +46,12 @@ class GroupMeter:
         ``spectra`` is 0 for none, 1 for the group's and 2 for the group's and the tensors'.  The arrays are read-only
         and the caller's own.
         """
-        n = self._tensors
+        return self.pack(pointers, spectra).unpacked()
+
+    def pack(self, pointers: list[int], spectra: int) -> PackedMeasurement:
+        """The same, as a trace is written from it."""
         data, of_group, of_tensors = self._tally.measure(pointers, spectra)
-        measured = Measurement(
-            frombuffer(data, _FLOAT64, n),
-            frombuffer(data, _FLOAT64, n, 8 * n),
-            frombuffer(data, _INT64, n, 16 * n),
-            frombuffer(data, _INT64, n, 24 * n),
-            frombuffer(data, _INT64, n, 32 * n),
-        )
-        if spectra:
-            at, codes = 40 * n, 40 * n + 12 * (of_group + of_tensors)
-            if spectra == 2:
-                measured.tensor_bin_counts = frombuffer(data, _INT32, n, codes)
-                codes += 4 * n
-                measured.tensor_bins = _bins(data, at + 12 * of_group, codes + 2 * of_group, of_tensors)
-            measured.group_bins = _bins(data, at, codes, of_group)
-        return measured
-
-
-def _bins(data: bytes, at: int, codes: int, n: int) -> Bins:
-    return Bins(
-        frombuffer(data, _UINT16, n, codes),
-        frombuffer(data, _UINT32, n, at),
-        frombuffer(data, _FLOAT32, n, at + 4 * n),
-        frombuffer(data, _FLOAT32, n, at + 8 * n),
-    )
+        return PackedMeasurement(data, self._tensors, spectra, of_group, of_tensors)
 
 
 class UpdateMeter:
@@ -120,6 +94,11 @@ class Meter:
 
         Gradients on an accelerator give a ``Pending``, whose ``result()`` is the Measurement once it is ``ready()``.
         """
+        measured = self.take(gradients, spectra)
+        return measured.unpacked() if isinstance(measured, PackedMeasurement) else measured
+
+    def take(self, gradients: Sequence[Tensor | None], spectra: int) -> PackedMeasurement | Measurement | Pending:
+        """The same as ``measure``, as a trace is written from it."""
         pointers: list[int] = []
         dtypes, numels, strided = self._dtypes, self._numels, torch.strided
         for i, gradient in enumerate(gradients):
@@ -133,12 +112,13 @@ class Meter:
                 and gradient.is_contiguous()
                 and gradient.numel() == numels[i]
             ):
-                pointers.append(gradient.data_ptr())
+                # An empty tensor lies nowhere.
+                pointers.append(gradient.data_ptr() or 1)
             else:
                 return self._measure_others(gradients, spectra)
         if self._group is None:
             return self._measure_others(gradients, spectra)
-        return self._group.measure(pointers, spectra)
+        return self._group.pack(pointers, spectra)
 
     @torch.no_grad()
     def _measure_others(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending:
@@ -159,7 +139,7 @@ class Meter:
                 self._group = None
         if self._group is None:
             self._group = GroupMeter(self._numels, [DTYPES[dtype] for dtype in self._dtypes])
-        measured = self._group.measure([0 if e is None else e.data_ptr() for e in held], spectra)
+        measured = self._group.measure([0 if e is None else e.data_ptr() or 1 for e in held], spectra)
         if zeros.any():
             measured.zeros = measured.zeros + zeros
         return measured
