@@ -117,6 +117,17 @@ def test_a_failed_launch_loses_nothing_to_force(work: Path) -> None:
     assert (work / "run.gradscope" / "trace.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--", "true"]])
+def test_the_launcher_loads_no_engine(arguments: list[str]) -> None:
+    code = (
+        f"import sys\nsys.argv = ['gradscope', 'record', *{arguments!r}]\n"
+        "from gradscope.__main__ import main\nassert main() == 0\n"
+        "assert not {'numpy', 'torch', 'pyarrow', 'wrapt'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=CLEAN, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # --- the command's own words ------------------------------------------------------------------------------------------
 
 
@@ -179,23 +190,17 @@ def test_a_training_leaves_a_trace_and_says_where(work: Path) -> None:
     assert inspection.source.steps == 12
 
 
-def test_every_way_to_start_python_is_recorded(work: Path) -> None:
+def test_a_module_and_a_console_script_started_by_a_shell_script_are_recorded(work: Path) -> None:
     program = work / "train-tool"
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, '{work}')\nimport train\ntrain.train(3)\n")
     program.chmod(0o755)
-    (work / "all.sh").write_text(
-        f"#!/bin/sh\n{sys.executable} -m train 1\n{sys.executable} -c 'import train; train.train(2)'\n./train-tool\n"
-    )
-    (work / "all.sh").chmod(0o755)
-    done = record("-o", "all", "--", "./all.sh")
-    assert done.returncode == 0
-    assert [metadata(f"all{number}.gradscope")["steps"] for number in ("", "-2", "-3")] == [1, 2, 3]
-    assert [line.split(":")[1].split()[0] for line in done.stderr.splitlines()] == [
-        "all.gradscope",
-        "all-2.gradscope",
-        "all-3.gradscope",
-        "gradscope",
-    ]
+    (work / "both.sh").write_text(f"#!/bin/sh\n{sys.executable} -m train 1\n./train-tool\n")
+    (work / "both.sh").chmod(0o755)
+    done = record("--", "./both.sh")
+    first, second, following = done.stderr.splitlines()
+    assert first.startswith("Recorded 1 update, 1 clip group, 2 tensors: run.gradscope (")
+    assert second.startswith("Recorded 3 updates, 1 clip group, 2 tensors: run-2.gradscope (")
+    assert following == "Next: gradscope inspect run.gradscope"
 
 
 PROCESSES = """
@@ -203,9 +208,9 @@ import multiprocessing, sys
 from train import train
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context(sys.argv[1])
     train(2)
-    workers = [context.Process(target=train, args=(steps,)) for steps in (5, 7)]
+    context = multiprocessing.get_context(sys.argv[1])
+    workers = [context.Process(target=train, args=(int(steps),)) for steps in sys.argv[2:]]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -214,13 +219,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_that_train_side_by_side_make_a_trace_each(method: str, work: Path) -> None:
+@pytest.mark.parametrize(("method", "steps"), [("fork", ["5", "7"]), ("spawn", ["5"])])
+def test_processes_that_train_side_by_side_make_a_trace_each(method: str, steps: list[str], work: Path) -> None:
     (work / "processes.py").write_text(PROCESSES)
-    done = record("-o", "run", "--", sys.executable, "processes.py", method)
-    assert done.stdout == "[0, 0]\n"
+    done = record("-o", "run", "--", sys.executable, "processes.py", method, *steps)
+    assert done.stdout == f"{[0] * len(steps)}\n"
     counts = [gradscope.inspect(path).source.steps for path in work.glob("run*.gradscope")]
-    assert sorted(counts) == [2, 5, 7]
+    assert sorted(counts) == [2, *map(int, steps)]
 
 
 def test_a_command_that_never_steps_leaves_nothing(work: Path) -> None:
@@ -238,15 +243,14 @@ def test_training_that_ends_before_the_first_step_to_record_says_so(work: Path) 
     assert not list(work.glob("*.gradscope"))
 
 
-def test_some_steps_can_be_chosen(work: Path) -> None:
-    done = record("--start", "2", "--every", "3", "--max-steps", "4", "--", sys.executable, "train.py", "30")
-    assert done.stdout == "trained\n"
-    assert metadata("train.gradscope")["steps"] == 4
-
-
-def test_some_parameters_can_be_chosen(work: Path) -> None:
-    record("--include", "*bias", "--", sys.executable, "train.py", "2")
-    inspection = gradscope.inspect(work / "train.gradscope")
+def test_some_steps_and_parameters_can_be_chosen_and_a_trace_replaced(work: Path) -> None:
+    make_trace(work / "run.gradscope")
+    chosen = ["--start", "2", "--every", "3", "--max-steps", "4", "--detail", "norms", "--include", "*bias"]
+    done = record("-q", "--force", "-o", "run", *chosen, "--", sys.executable, "train.py", "30")
+    assert (done.stdout, done.stderr) == ("trained\n", "")
+    held = metadata("run.gradscope")
+    assert [held[name] for name in ("steps", "start", "every", "detail")] == [4, 2, 3, "norms"]
+    inspection = gradscope.inspect(work / "run.gradscope")
     assert inspection.gradients is not None
     assert [tensor.name for tensor in inspection.gradients.tensors] == ["bias"]
 
@@ -256,12 +260,6 @@ def test_a_run_can_be_ended_at_its_first_fault(work: Path) -> None:
     assert done.returncode == 1 and done.stdout == ""
     assert "step 6: the gradient of" in done.stderr
     assert metadata("train.gradscope")["steps"] == 7
-
-
-def test_force_replaces_the_trace_once_a_step_is_recorded(work: Path) -> None:
-    make_trace(work / "run.gradscope")
-    assert record("-q", "--force", "-o", "run", "--", sys.executable, "train.py", "3").stderr == ""
-    assert metadata("run.gradscope")["steps"] == 3
 
 
 def test_what_is_wrong_with_the_clipping_is_told_even_when_quiet(work: Path) -> None:
