@@ -619,6 +619,7 @@ cdef class Tally:
         cdef size_t needed = self.stored_size + most_bins(bins)
         cdef size_t capacity = 2 * needed
         cdef StoredBin *more
+        self.sizes[slot] = 0
         if needed > self.stored_capacity:
             more = <StoredBin *>realloc(self.stored, capacity * sizeof(StoredBin))
             if not more:
@@ -952,6 +953,55 @@ cdef void add_totals(Totals *to, const Totals *more) noexcept nogil:
     to.zeros += more.zeros
     to.nan += more.nan
     to.inf += more.inf
+
+
+cdef class FineMoments:
+    """Stores bins whose moments were taken elsewhere."""
+
+    cdef Tally tally
+
+    def __init__(self):
+        self.tally = Tally(0)
+
+    def store(
+        self,
+        const int64_t[::1] code not None,
+        const double[::1] count not None,
+        const double[::1] sum not None,
+        const double[::1] squares not None,
+    ):
+        """``(data, bins)``: the columns count (uint32), mean, spread (float32) and code (uint16), one after the other.
+
+        ``code`` are fine bins in [0, 16384), each once; beside each its elements and the sums of their position in it
+        (from 0 to 1) and of the square of that.
+        """
+        cdef Py_ssize_t i
+        cdef size_t n
+        cdef gm_bin *bin
+        cdef Tally tally = self.tally
+        cdef char *at
+        for i in range(code.shape[0]):
+            if not 0 <= code[i] < BINS64:
+                raise ValueError(f"{code[i]} is no fine bin")
+        for i in range(code.shape[0]):
+            if count[i] > 0.0:
+                bin = &tally.group.bins[code[i]]
+                bin.count = <uint64_t>count[i]
+                bin.sum = sum[i]
+                bin.squares = squares[i]
+                reach(&tally.group, code[i], code[i])
+        tally.stored_size = 0
+        n = tally.store(0, &tally.group)
+        clear(&tally.group)
+        if tally.no_memory:
+            tally.no_memory = False
+            raise MemoryError
+        data = PyBytes_FromStringAndSize(NULL, 14 * n)
+        at = PyBytes_AS_STRING(data)
+        for i in range(3):
+            at = copy_column(at, tally, 0, <int>i)
+        copy_column(at, tally, 0, 3)
+        return data, n
 
 
 cdef double square_root_of_squares(const Piece *piece, uint32_t *room) noexcept nogil:

@@ -143,9 +143,9 @@ def _recorded(inspection: results.Inspection) -> Iterable[str]:
         yield f"{limits} clipped {_how_often(run.overall, steps)}; each counts where one of {len(clipping)} groups was."
     else:
         for group in clipping:
-            owner = f"{group.name}: " if len(run.groups) > 1 else ""
+            owner = f"{_group_name(group.name)}: " if len(run.groups) > 1 else ""
             yield f"{owner}{_limits(group)} clipped {_how_often(group, steps)}."
-    spared = [group.name for group in run.groups if not group.steps]
+    spared = [_group_name(group.name) for group in run.groups if not group.steps]
     if clipping and spared:
         yield f"{names(spared)} {'was' if len(spared) == 1 else 'were'} not clipped."
     if run.overall.decisions_differ:
@@ -165,16 +165,26 @@ def _recorded(inspection: results.Inspection) -> Iterable[str]:
         )
 
 
+def _group_name(name: str) -> str:
+    """A clip group named like its module may have nothing but that module's number."""
+    return f"clip group {name}" if name.isdigit() else name
+
+
+def threshold(value: float) -> str:
+    """A threshold that was in force: as somebody typed it, else (divided by a loss scale, say) in three digits."""
+    return setting(value) if len(setting(value)) <= len("0.00001") else number(value)
+
+
 def _limits(group: results.RecordedClipping) -> str:
     """What a clip group met: ``max_norm 0.5``, ``max_norm (from 1 to 0.5 in 3 changes) and clip_value 0.1``."""
     limits = []
     if group.max_norm is not None and group.max_norm_changes and group.first_max_norm is not None:
         changes = "1 change" if group.max_norm_changes == 1 else f"{count(group.max_norm_changes)} changes"
-        limits.append(f"max_norm (from {setting(group.first_max_norm)} to {setting(group.max_norm)} in {changes})")
+        limits.append(f"max_norm (from {threshold(group.first_max_norm)} to {threshold(group.max_norm)} in {changes})")
     elif group.max_norm is not None:
-        limits.append(f"max_norm {setting(group.max_norm)}")
+        limits.append(f"max_norm {threshold(group.max_norm)}")
     if group.clip_value is not None:
-        limits.append(f"clip_value {setting(group.clip_value)}")
+        limits.append(f"clip_value {threshold(group.clip_value)}")
     return " and ".join(limits)
 
 
@@ -269,7 +279,7 @@ def _other_limit_sentence(group: results.OptimizerGroup, trained: float, limit: 
 
 def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
     """The sentences for a simulation, most important first."""
-    found = _nonfinite(simulation.nonfinite, simulation.steps)
+    found = _nonfinite(simulation.nonfinite, simulation.steps, skipped=simulation.nonfinite_skipped)
     found += _overflow(simulation.float32_overflow, simulation.steps)
     for result in simulation.results:
         found += _clipping(simulation, result)

@@ -68,6 +68,11 @@ class RecordedClip:
     update_norm: FloatArray | None = None
     norm_type: FloatArray | None = None
 
+    @property
+    def skipped(self) -> bool:
+        """Whether an optimizer is known not to have stepped, and none is known to have."""
+        return bool((self.stepped == 0).any() and not (self.stepped == 1).any())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradientStep:

@@ -417,7 +417,8 @@ class SweepRow:
 class Simulation:
     """``suggested_max_norm`` maps "0.50", "0.10", "0.05", "0.01" to the υ that clips that share, "steps" to [a, b].
 
-    It looks at the newest ``recent_steps`` of the ``steps``.
+    It looks at the newest ``recent_steps`` of the ``steps``.  At ``nonfinite_skipped`` of the ``nonfinite_steps`` the
+    optimizer is known not to have stepped.
     """
 
     schema: str
@@ -437,3 +438,4 @@ class Simulation:
     suggested_max_norm_overall: Mapping[str, float | tuple[int, int]]
     recent_steps: int
     float32_overflow: Float32Overflow | None = None
+    nonfinite_skipped: int = 0

@@ -87,6 +87,7 @@ def simulate(
         suggested_max_norm_overall=_suggest(run, slice(0, len(run.index))),
         recent_steps=run.recent.stop - run.recent.start,
         float32_overflow=_float32_overflow(source, run),
+        nonfinite_skipped=run.nonfinite_skipped,
     )
     return replace(simulation, findings=source.findings + simulation_findings(simulation))
 
@@ -164,6 +165,7 @@ class _Run:
     group_norms: FloatArray
     joint_norms: FloatArray
     nonfinite: tuple[results.NonfiniteStep, ...]
+    nonfinite_skipped: int
     has_layers: bool
 
     @classmethod
@@ -181,7 +183,7 @@ class _Run:
         finite: list[bool] = []
         nonfinite: list[results.NonfiniteStep] = []
         energies = np.empty((len(selected), len(names)))
-        kept = 0
+        kept = skipped = 0
         for step in source.read_steps(selected, progress):
             index.append(step.index)
             # A float64 gradient beyond 1e154 is finite, but its square is not.
@@ -190,6 +192,7 @@ class _Run:
             if not finite[-1]:
                 faults = step.nan + step.inf
                 faults = faults if faults.any() else (step.sum_squares >= step.sum_squares.max()).astype(np.int64)
+                skipped += step.recorded is not None and step.recorded.skipped
                 nonfinite.append(name_fault(step.index, step.label, names, faults))
                 continue
             energies[kept] = step.sum_squares
@@ -209,6 +212,7 @@ class _Run:
             group_norms=np.sqrt(group_energies),
             joint_norms=np.sqrt(group_energies.sum(axis=1)),
             nonfinite=tuple(nonfinite),
+            nonfinite_skipped=skipped,
             has_layers=source.info.kind != "norm-log",
         )
 

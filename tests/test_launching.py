@@ -204,7 +204,7 @@ def test_a_python_that_cannot_be_followed_is_named_as_the_reason(flag: str) -> N
     done = run(sys.executable, flag, "-c", "print(1)")
     assert (done.returncode, done.stdout) == (0, b"1\n")
     [line] = done.stderr.decode().splitlines()
-    assert "no optimizer step was seen" in line and "-I, -E and -S" in line
+    assert "no optimizer step was seen" in line and "-I, -E or -S" in line
 
 
 def test_a_python_without_gradscope_trains_on_and_says_so_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from in_memory_source import Arrays, InMemorySource, RecordedSource
 
 from gradscope import results
 from gradscope.inspection import inspect
+from gradscope.simulation import simulate
 from gradscope.views import VIEWS
 from gradscope.views.choices import ViewChoices
 
@@ -105,6 +106,16 @@ def test_the_librarys_own_decision_may_differ() -> None:
     assert said in inspection.findings
 
 
+def test_a_limit_that_nobody_typed_is_rounded_and_a_number_is_no_name() -> None:
+    limits = np.array([2.0**-13, np.nan])
+    inspection = inspect(
+        RecordedSource(run_of(norms(30)), {"0": ["actor.weight"], "2": ["critic.weight"]}, limits=limits)
+    )
+    assert inspection.findings[0].startswith("clip group 0: max_norm 0.000122 clipped all 30 updates")
+    assert "clip group 2 was not clipped." in inspection.findings
+    assert re.search(r"^  0 +0\.000122 +100 %", table(inspection), re.M)
+
+
 def test_a_largest_magnitude_is_not_compared_as_an_l2_norm() -> None:
     steps = [{"w": np.array([0.6, 0.6])}, {"w": np.array([1.2, 0.0])}] * 10
     run = recorded(inspect(RecordedSource(steps, limits=0.8, returned=0.6, norm_type=math.inf)))
@@ -136,6 +147,8 @@ def test_steps_that_are_not_finite_are_no_part_of_the_rate() -> None:
     stepped[2] = 0
     inspection = inspect(RecordedSource(run_of(actor, np.zeros(4)), limits=2.0, stepped=stepped))
     assert "The optimizer skipped 2 of the updates." in inspection.findings
+    findings = simulate(RecordedSource(run_of(actor, np.zeros(4)), limits=2.0, stepped=stepped), []).findings
+    assert "The optimizer did not step at it." in findings
     unknown = recorded(inspect(RecordedSource(run_of(actor, np.zeros(4)), stepped=-1)))
     assert unknown.steps_skipped is None
 

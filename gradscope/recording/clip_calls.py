@@ -36,19 +36,13 @@ class ClipCall:
     @property
     def measured(self) -> bool:
         """Whether there is anything to write of it."""
-        for _, measured in self.parts:
-            if measured is not None:
-                return True
-        return False
+        return any(measured is not None for _, measured in self.parts)
 
     def covers(self, watch: OptimizerWatch) -> bool:
         """Whether ``watch`` updates parameters of this call, and has not done so yet."""
         if watch in self.consumers:
             return False
-        for group, _ in self.parts:
-            if group.watch is watch or not watch.ids.isdisjoint(group.members):
-                return True
-        return False
+        return any(group.watch is watch or not watch.ids.isdisjoint(group.members) for group, _ in self.parts)
 
     def combine(self, max_norm: float | None, clip_value: Any) -> None:
         """A second clip of the same gradient: by value after by norm, or the other way round; what it met stands."""

@@ -88,7 +88,10 @@ def why_nothing_was_recorded(settings: RecordSettings) -> str:
         )
     if (python := settings.note(NOT_INSTALLED)) is not None:
         return f"no optimizer step was seen: {python} has no gradscope; install it there"
-    return "no optimizer step was seen: no Python process imported torch (python -I, -E and -S cannot be followed)"
+    return (
+        "no optimizer step was seen: no Python process imported torch, or it could not be followed "
+        "(python -I, -E or -S; a script that sets PYTHONPATH anew)"
+    )
 
 
 def _several(number: int, noun: str) -> str:

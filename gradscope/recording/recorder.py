@@ -34,7 +34,7 @@ from gradscope.recording.sampling import Sampling
 from gradscope.recording.trace_files import open_trace
 from gradscope.recording.updates import UpdateNorms
 from gradscope.recording.watcher import Watcher
-from gradscope.trace.measurement import Measurement, Row
+from gradscope.trace.measurement import Measurement, Row, unpacked
 from gradscope.trace.schema import Detail, LintFinding, RecordedGroup, TraceMetadata
 
 if TYPE_CHECKING:
@@ -242,27 +242,36 @@ class Recorder:
 
     def _look_at(self, row: Row, call: ClipCall) -> None:
         """What a row shows that the clip call alone did not."""
-        measured = row.measurement
-        group = self._metadata.groups[row.group]
         returned = row.returned_norm
-        if returned is not None and row.norm_type == 2.0 and row.stepped is not False and self._include is None:
+        if row.stepped is False:
+            return
+        if returned is not None and row.norm_type == 2.0 and self._include is None:
+            group = self._metadata.groups[row.group]
             if not math.isfinite(returned):
                 self._look_at_infinite(row, call, group)
             elif _is_coarse(call.total_norm) and row.max_norm is not None and not group.returned_partial:
-                exact = _norm(measured)
+                exact = _norm(unpacked(row.measurement))
                 if (returned > row.max_norm) != (exact > row.max_norm):
                     dtype = str(call.total_norm.dtype).removeprefix("torch.")
                     self._lint.rounded(dtype, returned, exact, row.max_norm, row.step, group.name)
-        if self._stop_on == "nonfinite" and row.stepped is not False and _is_broken(measured):
-            names = [self._metadata.tensors[group.tensors[i]].name for i in (measured.nan + measured.inf).nonzero()[0]]
-            self._watcher.fault = f"step {row.step}: the gradient of {', '.join(names[:3])} holds NaN or Inf"
+        if self._stop_on == "nonfinite":
+            self._stop_at_nonfinite(row)
 
     def _look_at_infinite(self, row: Row, call: ClipCall, group: RecordedGroup) -> None:
         function = call.function or "clipping"
-        if _is_broken(row.measurement):
+        measured = unpacked(row.measurement)
+        if measured.nan.any() or measured.inf.any():
             self._lint.nonfinite(function, call.where, row.step, group.name)
         else:
-            self._lint.overflow(function, call.where, _norm(row.measurement), row.step, group.name)
+            self._lint.overflow(function, call.where, _norm(measured), row.step, group.name)
+
+    def _stop_at_nonfinite(self, row: Row) -> None:
+        measured = unpacked(row.measurement)
+        faults = (measured.nan + measured.inf).nonzero()[0]
+        if len(faults):
+            tensors = self._metadata.groups[row.group].tensors
+            names = [self._metadata.tensors[tensors[i]].name for i in faults]
+            self._watcher.fault = f"step {row.step}: the gradient of {', '.join(names[:3])} holds NaN or Inf"
 
     # --- groups ------------------------------------------------------------------------------------------------------
 
@@ -356,10 +365,6 @@ class Recorder:
         unused = [watch.unused[i] for i in watch.never if i in watch.unused]
         if unused:
             self._lint.unused(watch.name, unused, self._last_step)
-
-
-def _is_broken(measured: Measurement) -> bool:
-    return bool(measured.nan.any() or measured.inf.any())
 
 
 def _is_coarse(total_norm: Any) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.scalars import take_down
-from gradscope.trace.measurement import Bins, Measurement, Row
+from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement, Row, unpacked
 
 
 # Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
-HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement})
+HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement, PackedMeasurement})
 
 
 @dataclass(eq=False, slots=True)
@@ -30,7 +30,7 @@ class _Waiting:
     def ready(self) -> bool:
         numbers = [self.call.returned, self.stepped, *self.call.weight_norms, *self.update_norms]
         numbers += [measured for _, measured in self.call.parts]
-        return all([number.ready() for number in numbers if type(number) not in HERE])
+        return all(number.ready() for number in numbers if type(number) not in HERE)
 
 
 class RowQueue:
@@ -71,7 +71,7 @@ def _row(row: _Waiting) -> Row:
         row.step,
         row.group,
         call.time,
-        parts[0] if len(parts) == 1 else _joined(parts),
+        parts[0] if len(parts) == 1 else _joined([unpacked(part) for part in parts]),
         call.max_norm,
         call.clip_value,
         call.norm_type,
@@ -97,11 +97,13 @@ def _norms(parts: list[Any]) -> Any:
 def _joined(parts: list[Measurement]) -> Measurement:
     """Several measurements as one group's: its bins may repeat a code."""
     counts = [part.tensor_bin_counts for part in parts if part.tensor_bin_counts is not None]
-    columns = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("sum_squares", "max_abs", "zeros", "nan", "inf")
+    joined = Measurement(
+        np.concatenate([part.sum_squares for part in parts]),
+        np.concatenate([part.max_abs for part in parts]),
+        np.concatenate([part.zeros for part in parts]),
+        np.concatenate([part.nan for part in parts]),
+        np.concatenate([part.inf for part in parts]),
     )
-    joined = Measurement(*columns)
     joined.group_bins = _joined_bins([part.group_bins for part in parts])
     joined.tensor_bins = _joined_bins([part.tensor_bins for part in parts])
     joined.tensor_bin_counts = np.concatenate(counts) if joined.tensor_bins is not None else None

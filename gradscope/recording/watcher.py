@@ -173,7 +173,7 @@ class Watcher:
     def _measure(self, group: WatchedGroup, parameters: list[Tensor], whole: bool, step: int) -> Any:
         if group.meter is None or not self._sampling.due(step):
             return None
-        return group.meter.measure(group.gradients(parameters, whole), self._sampling.spectra(step))
+        return group.meter.take(group.gradients(parameters, whole), self._sampling.spectra(step))
 
     def _look_at_threshold(
         self, limit: float | None, clip_value: Any, where: str, step: int, group: WatchedGroup

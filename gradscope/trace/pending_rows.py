@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.trace.columns import element_type
-from gradscope.trace.measurement import Row
+from gradscope.trace.measurement import PackedMeasurement, Row
 from gradscope.trace.schema import COLUMNS
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class PendingRows:
 
     def append(self, row: Row) -> None:
         """Copy ``row``; its arrays may be reused at once."""
+        if isinstance(row.measurement, PackedMeasurement):
+            self._append_packed(row, row.measurement)
+            return
         m, lists, weight_norm, update_norm = row.measurement, self.lists, row.weight_norm, row.update_norm
         group_bins, tensor_bins, counts = m.group_bins, m.tensor_bins, m.tensor_bin_counts
         # First what can fail, so that a row is taken in whole or not at all.
@@ -91,6 +94,47 @@ class PendingRows:
             lists["tensor_count"].extend(tensor_bins.count)
             lists["tensor_mean"].extend(tensor_bins.mean)
             lists["tensor_spread"].extend(tensor_bins.spread)
+        if weight_norm is not None:
+            lists["weight_norm"].extend(weight_norm)
+        if update_norm is not None:
+            lists["update_norm"].extend(update_norm)
+        self.heads += head
+
+    def _append_packed(self, row: Row, packed: PackedMeasurement) -> None:
+        lists, weight_norm, update_norm = self.lists, row.weight_norm, row.update_norm
+        n, of_group, of_tensors = packed.tensors, packed.group_bins_held, packed.tensor_bins_held
+        counts = n if packed.spectra == 2 else 0
+        head = _head(
+            row,
+            n,
+            of_group,
+            counts,
+            of_tensors,
+            0 if weight_norm is None else len(weight_norm),
+            0 if update_norm is None else len(update_norm),
+        )
+        data = memoryview(packed.data)
+        eight, four, two = 8 * n, 4 * of_group, 2 * of_group
+        lists["sum_squares"] += data[:eight]
+        lists["max_abs"] += data[eight : 2 * eight]
+        lists["zeros"] += data[2 * eight : 3 * eight]
+        lists["nan"] += data[3 * eight : 4 * eight]
+        lists["inf"] += data[4 * eight : 5 * eight]
+        at = 5 * eight
+        lists["group_count"] += data[at : at + four]
+        lists["group_mean"] += data[at + four : at + 2 * four]
+        lists["group_spread"] += data[at + 2 * four : at + 3 * four]
+        at += 3 * four
+        if counts:
+            four = 4 * of_tensors
+            lists["tensor_count"] += data[at : at + four]
+            lists["tensor_mean"] += data[at + four : at + 2 * four]
+            lists["tensor_spread"] += data[at + 2 * four : at + 3 * four]
+            at += 3 * four
+            lists["tensor_bin_counts"] += data[at : at + 4 * n]
+            at += 4 * n
+            lists["tensor_code"] += data[at + two :]
+        lists["group_code"] += data[at : at + two]
         if weight_norm is not None:
             lists["weight_norm"].extend(weight_norm)
         if update_norm is not None:

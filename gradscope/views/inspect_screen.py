@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from gradscope import results
-from gradscope.findings import run_words, step_word
+from gradscope.findings import run_words, step_word, threshold
 from gradscope.notation import count, names, number, percent, setting
 from gradscope.views.cells import consistency, known
 from gradscope.views.choices import By, ViewChoices
@@ -91,7 +91,7 @@ def _limits(inspection: results.Inspection) -> str:
     """The thresholds that were in force, else one to start with."""
     groups = inspection.recorded.groups if inspection.recorded else ()
     known = dict.fromkeys(group.max_norm for group in groups if group.max_norm is not None)
-    return " ".join(setting(limit) for limit in known) or "0.5"
+    return " ".join(threshold(limit) for limit in known) or "0.5"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gradscope import results
-from gradscope.notation import count, number, percent, setting
+from gradscope.findings import threshold
+from gradscope.notation import count, number, percent
 from gradscope.views.cells import known
 from gradscope.views.screen import Column, Row, Table
 
@@ -25,8 +26,8 @@ def recorded_table(run: results.RecordedRun, gradients: results.GradientSummary 
     for i, group in enumerate(run.groups):
         cells = [
             group.name,
-            known(group.max_norm, setting),
-            *[known(group.clip_value, setting)] * values,
+            known(group.max_norm, threshold),
+            *[known(group.clip_value, threshold)] * values,
             percent(group.clip_rate) if group.steps else _NEVER,
             percent(group.recent.clip_rate) if group.steps else _NEVER,
         ]
