@@ -197,7 +197,7 @@ def test_angles_of_a_stored_trace_hold_the_truth_within_a_degree(tmp_path: Path,
     elements = sum(int((np.abs(flatten(list(step.values()))) > v).sum()) for step in steps)
     assert abs(result.clipped_elements - elements) <= result.clipped_elements_error
     assert (result.group_steps, result.layer_steps) == (30, 3)
-    assert " ".join(VIEWS["table"](simulation, ViewChoices()).split()).startswith(f"{trace}: 30 updates, rsl_rl PPO ▸")
+    assert VIEWS["table"](simulation, ViewChoices(opening="Using it")).startswith("Using it: 30 updates, rsl_rl PPO\n")
     assert gradscope.inspect(trace).recorded is not None
     # Several policies share what was decoded.
     both = gradscope.simulate(trace, [f"value:{v}", "value:0.1"]).results
