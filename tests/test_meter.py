@@ -192,6 +192,20 @@ def test_subclasses_are_read_as_what_they_are() -> None:
     check(measure([tensor, nn.Parameter(torch.ones(2))]), [tensor.numpy().astype(np.float64), np.ones(2)])
 
 
+def test_a_dtensor_is_read_as_the_part_of_this_rank() -> None:
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        local = torch.randn(6, 4)
+        gradient = DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Shard(0)])
+        check(measure([gradient, torch.ones(3)]), as_float64([local, torch.ones(3)]))
+    finally:
+        destroy_process_group()
+
+
 def test_measuring_changes_nothing() -> None:
     layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     layer(torch.randn(1, 3, 6, 6)).sum().backward(create_graph=True)
