@@ -195,6 +195,17 @@ class Recorder:
             self._recorded += 1
             self._last_step = step
         self._rows.put(step, self._group_of(call), call, stepped, update_norms)
+        # Otherwise the writer's thread drains them, many at a time.
+        if self._writer is None or self._stop_on is not None:
+            self._rows.drain()
+
+    def _drain(self) -> None:
+        """In the writer's thread, where an error would be seen by nobody."""
+        try:
+            self._rows.drain()
+        except Exception as error:  # noqa: BLE001
+            self._watcher.stop()
+            self.failed(error)
 
     def failed(self, error: BaseException) -> None:
         """Recording cannot go on (see ``watcher.Sink``)."""
@@ -221,6 +232,7 @@ class Recorder:
         if self._launched is not None:
             metadata.extra["launch"] = self._launched.launch
         self.path, writer = open_trace(self.path, metadata, self._force)
+        writer.before_flush = self._drain
         # Registered after the writer's own, and so before it: the end is still to be written down.
         atexit.register(self.stop)
         return writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from torch import Tensor
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.scalars import take_down
 from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement, Row, unpacked
-
 
 # Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
 HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement, PackedMeasurement})
@@ -34,26 +34,29 @@ class _Waiting:
 
 
 class RowQueue:
-    """Hands rows to ``write`` in the order they came in."""
+    """Hands rows to ``write`` in the order they came in, when told to: many at a time cost less than one by one."""
 
     def __init__(self, write: Callable[[Row, ClipCall], None]) -> None:
         self._write = write
         self._waiting: deque[_Waiting] = deque()
+        self._draining = threading.Lock()
 
     def put(self, step: int, group: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
-        """Take in a row, and write those that have arrived."""
-        row = _Waiting(step, group, call, take_down(stepped) if isinstance(stepped, Tensor) else stepped, update_norms)
-        if not self._waiting and row.ready():
-            self._write(_row(row), call)
-            return
-        self._waiting.append(row)
-        while self._waiting and self._waiting[0].ready():
-            self._write_first()
+        """Take in a row."""
+        taken = take_down(stepped) if isinstance(stepped, Tensor) else stepped
+        self._waiting.append(_Waiting(step, group, call, taken, update_norms))
+
+    def drain(self) -> None:
+        """Write the rows that are there, up to the first that a device still works on."""
+        with self._draining:
+            while self._waiting and self._waiting[0].ready():
+                self._write_first()
 
     def finish(self) -> None:
-        """Wait for what is still on its way."""
-        while self._waiting:
-            self._write_first()
+        """Write all rows, and wait for those that a device still works on."""
+        with self._draining:
+            while self._waiting:
+                self._write_first()
 
     def _write_first(self) -> None:
         row = self._waiting.popleft()

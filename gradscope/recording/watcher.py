@@ -378,6 +378,8 @@ class Watcher:
         self._finish([call for call in calls if not call.consumers], self.step, stepped)
         for call in calls:
             call.consumers.append(watch)
+            # A row may wait a while; the gradient should not.
+            call.witness = None
             for group, _ in call.parts:
                 # A call over several optimizers waits for the others.
                 if group.members <= watch.ids or call.function is None:

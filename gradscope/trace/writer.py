@@ -44,6 +44,8 @@ class TraceWriter:
         Raises FileExistsError where this rank has a stream already, and OSError where the files cannot be made.
         """
         self.error: str | None = None
+        # Called by the writing thread before each flush, for rows that are made only then.
+        self.before_flush: Callable[[], None] | None = None
         self.path = directory / stream_name(metadata.rank)
         self._metadata = metadata
         self._metadata_path = directory / metadata_name(metadata.rank)
@@ -118,6 +120,8 @@ class TraceWriter:
 
     def _flush_every(self, seconds: float) -> None:
         while not self._ended.wait(seconds):
+            if self.before_flush is not None:
+                self.before_flush()
             self.flush()
 
     def _flush(self) -> None:
