@@ -278,8 +278,6 @@ def longer(name: str) -> Callable[[dict[str, pa.Array]], None]:
         (changed("group", 2), "a group that trace.json does not name"),
         (changed("group", -1), "a group that trace.json does not name"),
         (changed("time", np.inf), "a time is impossible"),
-        (changed("grad_scale", 0.0), "loss scale"),
-        (changed("grad_scale", np.nan), "loss scale"),
         (changed("sum_squares", -1.0), "sum_squares is negative"),
         (changed("max_abs", np.nan), "max_abs is not finite"),
         (changed("zeros", -1), "zeros is negative"),

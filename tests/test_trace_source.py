@@ -150,6 +150,15 @@ def test_a_loss_scale_is_divided_out(tmp_path: Path) -> None:
     assert spectrum.lower.min() <= 1.0 <= spectrum.upper.min()
 
 
+@pytest.mark.parametrize("scale", [0.0, math.inf, math.nan])
+def test_a_loss_scale_that_nothing_can_be_divided_by(tmp_path: Path, scale: float) -> None:
+    rows = [row(0, [np.full((2, 3), np.inf), np.ones(3)], grad_scale=scale, max_norm=0.5, spectra="all")]
+    (step,) = steps_of(open_source(write(tmp_path / "run.gradscope", described(SHAPES, GROUPS), rows)))
+    assert step.sum_squares.tolist() == [0.0, 3.0]
+    assert step.inf.tolist() == [6, 0]
+    assert step.group_spectra[0] is not None
+
+
 def test_weight_and_update_norms(tmp_path: Path) -> None:
     norms = {"weight_norm": np.array([10.0, 2.0]), "update_norm": np.array([0.1, np.nan])}
     rows = [row(0, [np.ones((2, 3)), np.ones(3)], **norms), row(1, [np.ones((2, 3)), np.ones(3)])]
@@ -217,6 +226,15 @@ def test_its_files_stand_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert open_source(directory / named).info.steps == 30
     monkeypatch.chdir(directory)
     assert open_source(named or ".").info.steps == 30
+
+
+def test_the_trace_of_a_profiler_is_none(tmp_path: Path) -> None:
+    (tmp_path / "trace.json").write_text('{"traceEvents": []}')
+    np.savez(tmp_path / "step0.npz", w=np.ones(3))
+    assert open_source(tmp_path / "step0.npz").info.kind == "gradients"
+    with pytest.raises(GradscopeError) as caught:
+        open_source(tmp_path / "trace.json")
+    assert "gradscope trace" not in str(caught.value)
 
 
 def test_it_holds_no_weights(tmp_path: Path) -> None:

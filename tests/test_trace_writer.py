@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from trace_rows import described, row, write
 
+from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement
 from gradscope.trace.reader import RankTrace
 from gradscope.trace.writer import TraceWriter
 
@@ -51,6 +52,29 @@ def test_a_row_is_copied(tmp_path: Path) -> None:
     reused.measurement.sum_squares[:] = -1.0
     writer.close()
     assert RankTrace.open(tmp_path / "run.gradscope", 0).sum_squares.tolist() == [26.0]
+
+
+@pytest.mark.parametrize("spectra", ["none", "group", "all"])
+def test_a_packed_row_is_written_as_the_same_row_unpacked(tmp_path: Path, spectra: str) -> None:
+    plain = row(0, GRADIENTS, spectra=spectra, weight_norm=np.array([5.0, 1.0]))
+    packed = row(0, GRADIENTS, spectra=spectra, weight_norm=np.array([5.0, 1.0]))
+    packed.measurement = in_one_piece(plain.measurement)
+    for name, each in (("plain", plain), ("packed", packed)):
+        write(tmp_path / name, described(SHAPES), [each, each])
+    streams = [(tmp_path / name / "rank-00000.arrows").read_bytes() for name in ("plain", "packed")]
+    assert streams[0] == streams[1]
+
+
+def in_one_piece(m: Measurement) -> PackedMeasurement:
+    nothing = Bins(np.zeros(0, np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+    group, tensors = m.group_bins or nothing, m.tensor_bins or nothing
+    counts = np.zeros(0, np.int32) if m.tensor_bin_counts is None else m.tensor_bin_counts
+    pieces = [m.sum_squares, m.max_abs, m.zeros, m.nan, m.inf]
+    pieces += [part for bins in (group, tensors) for part in (bins.count, bins.mean, bins.spread)]
+    pieces += [counts, group.code, tensors.code]
+    spectra = 0 if m.group_bins is None else 1 if m.tensor_bins is None else 2
+    data = b"".join(piece.tobytes() for piece in pieces)
+    return PackedMeasurement(data, len(m.zeros), spectra, len(group.code), len(tensors.code))
 
 
 def test_a_stream_is_never_written_over(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ SILENCE_SECONDS = 60.0
 def trace_directory(path: Path) -> Path | None:
     """The trace that ``path`` is or belongs to; None if there is none."""
     if path.is_dir():
-        return path if path.suffix == ".gradscope" or (path / METADATA_FILE).is_file() else None
+        # Profilers, too, call what they write trace.json.
+        holds = (path / METADATA_FILE).is_file() and any(path.glob("rank-*.arrows"))
+        return path if holds or path.suffix == ".gradscope" else None
     belongs = path.name == METADATA_FILE or (path.name.startswith("rank-") and path.suffix in (".arrows", ".json"))
     return trace_directory(path.absolute().parent) if belongs and path.parent != path else None
 

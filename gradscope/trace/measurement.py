@@ -40,8 +40,8 @@ class Measurement:
 class PackedMeasurement:
     """A measurement as the kernel hands it over: one piece of memory, which most rows are written from unread.
 
-    ``data`` holds, one after the other: sum_squares, max_abs, zeros, nan, inf (8 bytes each, [tensors]); count, mean and
-    spread of the group's bins; those of the tensors' (4 bytes each); with ``spectra`` 2 the tensors' bin counts (4
+    ``data`` holds, one after the other: sum_squares, max_abs, zeros, nan, inf (8 bytes each, [tensors]); count, mean
+    and spread of the group's bins; those of the tensors' (4 bytes each); with ``spectra`` 2 the tensors' bin counts (4
     bytes, [tensors]); the codes of the group's bins and those of the tensors' (2 bytes each).  ``spectra`` is 0: no
     bins, 1: the group's, 2: the tensors' too.
     """

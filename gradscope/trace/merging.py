@@ -142,7 +142,9 @@ class _Part:
         return column.values[column.offsets[0] : column.offsets[-1]]
 
     def scale(self) -> FloatArray:
-        return np.asarray(self.rows.single["grad_scale"], dtype=np.float64)
+        """What each row is divided by; a loss scale that grew to infinity or shrank to 0 divides nothing."""
+        scale = self.rows.single["grad_scale"]
+        return np.where((scale > 0.0) & (scale < np.inf), scale, 1.0)
 
     def group_spectra(self, row: int) -> list[MagnitudeSpectrum] | None:
         """The spectra that make up what counts of a row; None where they were not taken."""
@@ -166,7 +168,7 @@ class _Part:
             int(zeros.sum()),
             int(nan.sum()),
             int(inf.sum()),
-            float(self.rows.single["grad_scale"][row]),
+            float(self.scale()[row]),
         )
 
 

@@ -133,8 +133,6 @@ class Rows:
             raise ValueError("a row is of a group that trace.json does not name")
         if (np.diff(single["step"]) < 0).any() or (len(self) and single["step"][0] < 0):
             raise ValueError("steps go backwards")
-        if not ((single["grad_scale"] > 0) & (single["grad_scale"] < np.inf)).all():
-            raise ValueError("a loss scale is not positive")
         if not (np.abs(single["time"]) < 1e11).all():
             raise ValueError("a time is impossible")
         self._check_lengths(group_sizes[group])
