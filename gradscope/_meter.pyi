@@ -1,7 +1,12 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+def addresses(
+    gradients: Sequence[Any | None], kind: type, layout: object, dtypes: list[Any], numels: list[int]
+) -> list[int] | None: ...
 
 class GradientTally:
     def __init__(self, numels: Sequence[int], dtypes: Sequence[str]) -> None: ...

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradscope._meter import GradientTally, UpdateTally
+from gradscope._meter import GradientTally, UpdateTally, addresses
 from gradscope.trace.measurement import Measurement, PackedMeasurement
 
 if TYPE_CHECKING:
@@ -99,24 +99,8 @@ class Meter:
 
     def take(self, gradients: Sequence[Tensor | None], spectra: int) -> PackedMeasurement | Measurement | Pending:
         """The same as ``measure``, as a trace is written from it."""
-        pointers: list[int] = []
-        dtypes, numels, strided = self._dtypes, self._numels, torch.strided
-        for i, gradient in enumerate(gradients):
-            if gradient is None:
-                pointers.append(0)
-            elif (
-                type(gradient) is Tensor
-                and gradient.dtype is dtypes[i]
-                and gradient.is_cpu
-                and gradient.layout is strided
-                and gradient.is_contiguous()
-                and gradient.numel() == numels[i]
-            ):
-                # An empty tensor lies nowhere.
-                pointers.append(gradient.data_ptr() or 1)
-            else:
-                return self._measure_others(gradients, spectra)
-        if self._group is None:
+        pointers = addresses(gradients, Tensor, torch.strided, self._dtypes, self._numels)
+        if pointers is None or self._group is None:
             return self._measure_others(gradients, spectra)
         return self._group.pack(pointers, spectra)
 
