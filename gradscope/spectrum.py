@@ -46,6 +46,8 @@ _NATIVE = {np.dtype(name): name for name in ("float64", "float32", "float16")}
 # How far the total of a scan may be off, relative to it: the kernel's block sums round in float64.
 _SCAN_ROUNDING = 2.0**-46
 _STORED_ROUNDING = 2.0**-40
+# Of how many parts a merged spectrum stays aware; ranks, not steps.
+_MOST_PARTS = 64
 # What a square or product that underflows float64 can lose.
 _UNDERFLOW = 2.0**-1070
 _EMPTY = np.empty(0)
@@ -64,6 +66,8 @@ class MagnitudeSpectrum:
 
     ``rounding`` says how far the sums of a bin may be off where they were stored with fewer digits: ``sum_abs`` by this
     share of Σ(|g| - lower), and the scatter Σ(|g| - mean)² as far as such shifts can change it.
+    ``parts`` are what a merged spectrum was made of, where bins of different width made wide ones: an octave that is
+    wide because it held little of one part may hold most of another.
     """
 
     lower: FloatArray = field(default_factory=lambda: _EMPTY, repr=False)
@@ -77,6 +81,7 @@ class MagnitudeSpectrum:
     inf: int = 0
     bin_sum_squares: FloatArray | None = field(default=None, repr=False)
     rounding: float = 0.0
+    parts: tuple[MagnitudeSpectrum, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, elements: Any, dtype: str | None = None) -> MagnitudeSpectrum:
@@ -137,6 +142,8 @@ class MagnitudeSpectrum:
         if len(parts) == 1:
             return parts[0]
         filled = [part for part in parts if part.lower.size]
+        leaves = [leaf for part in parts for leaf in part.parts or (part,)]
+        rounding = max((part.rounding for part in parts), default=0.0)
         lower, upper, count, sum_abs, squares = _merge_bins(filled)
         return cls(
             lower,
@@ -149,7 +156,8 @@ class MagnitudeSpectrum:
             sum(part.nan for part in parts),
             sum(part.inf for part in parts),
             squares,
-            max((part.rounding for part in parts), default=0.0),
+            rounding,
+            tuple(leaves) if rounding and len(leaves) <= _MOST_PARTS and _widened(filled, lower.size) else (),
         )
 
     def repeated(self, times: int) -> MagnitudeSpectrum:
@@ -167,6 +175,7 @@ class MagnitudeSpectrum:
             self.inf * times,
             squares,
             self.rounding,
+            tuple(part.repeated(times) for part in self.parts),
         )
 
     def __add__(self, other: MagnitudeSpectrum) -> MagnitudeSpectrum:
@@ -241,6 +250,8 @@ class MagnitudeSpectrum:
         if not v > 0:
             raise ValueError(f"v must be positive, got {v}")
         energy = self.sum_squares
+        if self.parts and v < self.max_abs:
+            return ValueClip.total(part.value_clip(v) for part in self.parts)
         if v >= self.max_abs:
             points = np.array_equal(self.lower, self.upper)
             return ValueClip.none(v, energy, self._total_rounding(points))
@@ -379,6 +390,13 @@ def _merge_bins(
         np.concatenate([part.sum_abs for part in parts]),
         np.concatenate(squares) if all_squares else None,
     )
+
+
+def _widened(parts: list[MagnitudeSpectrum], bins: int) -> bool:
+    """Whether merging ``parts`` into this many bins made some of a part's own bins one."""
+    lower = np.concatenate([part.lower for part in parts]) if parts else _EMPTY
+    upper = np.concatenate([part.upper for part in parts]) if parts else _EMPTY
+    return len(set(zip(lower.tolist(), upper.tolist(), strict=True))) > bins
 
 
 def _join_bins(

@@ -156,7 +156,21 @@ def test_spectra_of_any_coarseness_merge_in_any_order_and_stay_right(seed: int, 
     assert merged.numel == whole.size
     for spectrum, elements in ((merged, whole), (one, np.concatenate(parts[:-1]))):
         for v in np.quantile(np.abs(elements), rng.uniform(size=3)).tolist():
-            check_bounds(spectrum.value_clip(v), elements, 90.0)
+            check_bounds(spectrum.value_clip(v), elements)
+
+
+def test_an_octave_that_one_rank_hardly_fills_stays_sharp_where_another_does() -> None:
+    rng = np.random.default_rng(6)
+    ranks = [(rng.standard_normal(4000) * 2.0**-k).astype(np.float32) for k in (0, 8, 8)]
+    merged = MagnitudeSpectrum.merge([through_a_trace(rank) for rank in ranks])
+    alike = MagnitudeSpectrum.merge([through_a_trace(ranks[1]), through_a_trace(ranks[1])])
+    assert len(merged.parts) == 3
+    assert alike.parts == ()
+    for v in (0.5 * 2.0**-8, 0.9 * 2.0**-8, 2.0**-8):
+        assert merged.value_clip(v).direction_change_deg()[1] < 0.1
+    again = merged.repeated(2) + MagnitudeSpectrum.of(np.ones(3))
+    assert len(again.parts) == 4
+    assert again.value_clip(0.01).energy == pytest.approx(again.sum_squares, rel=1e-12)
 
 
 def test_bins_that_repeat_a_code_are_one() -> None:
