@@ -57,6 +57,7 @@ class RecordedClip:
     ``returned_norm`` (NaN where nothing was returned) are float64 [groups], ``stepped`` int8 [groups]: 1 yes, 0 no,
     -1 not known.  ``weight_norm`` and ``update_norm`` are float64 [tensors], NaN where they were not measured.
     ``norm_type`` is the p of each group's clip call, float64 [groups]; None: 2 throughout.
+    What a loss scale was still in is divided by it: the gradient, and with it its thresholds and returned norm.
     """
 
     time: float

@@ -33,6 +33,9 @@ have one entry per tensor of the group at that time, in its order (a group may g
 ``weight_norm``, ``update_norm``   ‖θ‖ before the optimizer step and ‖θ' − θ‖, float64; empty where not measured, NaN
                     for a tensor that was left out
 
+Where several rows of a step hold the same tensor (it is in two clip groups), the first tells its gradient: the others
+may have been measured after that one was clipped.  Each row tells what its own clip call was given.
+
 A **bin** is ``*_code`` (which magnitudes: see ``trace.bins``), ``*_count`` (elements, uint32; a bin with more stands
 twice), ``*_mean`` and ``*_spread`` (float32): with edges a ≤ |g| ≤ b, width w = b − a and mean μ of |g| in the bin,
 mean = (μ − a)/w and spread = (Σg²/count − μ²)/w², each rounded to the nearest float32 in [0, 1].
