@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from gradscope.gradients import RecordedClip
 from gradscope.intervals import clip_rate_interval
 from gradscope.phases import find_phases
 from gradscope.selection import recent_part
+from gradscope.tensors import ClipGroup
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -21,7 +23,8 @@ BoolArray = NDArray[np.bool_]
 class ClipHistory:
     """The clip calls of a run; all arrays are [steps, groups], with the meaning they have in ``RecordedClip``.
 
-    A ``norm_type`` that is NaN counts as 2.
+    A ``norm_type`` that is NaN counts as 2.  ``first`` (bool [groups]) says which groups met gradients that no other
+    group's clipping had changed: of those alone the norm is known exactly.
     """
 
     max_norm: FloatArray
@@ -29,12 +32,24 @@ class ClipHistory:
     returned_norm: FloatArray
     norm_type: FloatArray
     stepped: NDArray[np.int8]
+    first: BoolArray
 
     @classmethod
-    def unknown(cls, steps: int, groups: int) -> ClipHistory:
-        """A history that ``take`` fills, step by step."""
-        nothing = np.full((steps, groups), np.nan)
-        return cls(nothing, nothing.copy(), nothing.copy(), nothing.copy(), np.full((steps, groups), -1, np.int8))
+    def unknown(cls, steps: int, groups: Sequence[ClipGroup]) -> ClipHistory:
+        """A history of ``groups`` that ``take`` fills, step by step."""
+        shape = (steps, len(groups))
+        nothing = np.full(shape, np.nan)
+        first = [
+            not any(set(group.tensors) & set(before.tensors) for before in groups[:i]) for i, group in enumerate(groups)
+        ]
+        return cls(
+            nothing,
+            nothing.copy(),
+            nothing.copy(),
+            nothing.copy(),
+            np.full(shape, -1, np.int8),
+            np.array(first, dtype=np.bool_),
+        )
 
     def take(self, step: int, call: RecordedClip) -> None:
         """Put down what is known of a step."""
@@ -52,15 +67,17 @@ class ClipHistory:
     def clipped(self, norms: FloatArray, max_abs: FloatArray) -> BoolArray:
         """Where the gradient, of L2 ``norms`` and largest magnitudes ``max_abs``, exceeded its limit.
 
-        For a norm of another type than 2 that is decided by ``max_abs`` (infinity) or by what the library returned.
+        For a norm of another type than 2 that is decided by ``max_abs`` (infinity) or by what the library returned; so
+        it is where the gradients had been clipped before.
         """
         measured = np.where(np.isinf(self.norm_type), max_abs, self.returned_norm)
         measured = np.where(self._euclidean, norms, measured)
+        measured = np.where(self.first, measured, self.returned_norm)
         return np.asarray((measured > self.max_norm) | (max_abs > self.clip_value))
 
     def decided_otherwise(self, norms: FloatArray) -> BoolArray:
         """Where the norm that the library returned and the exact one are on different sides of max_norm."""
-        both = self._euclidean & ~np.isnan(self.returned_norm) & ~np.isnan(self.max_norm)
+        both = self.first & self._euclidean & ~np.isnan(self.returned_norm) & ~np.isnan(self.max_norm)
         return np.asarray(both & ((self.returned_norm > self.max_norm) != (norms > self.max_norm)))
 
     @property
@@ -96,7 +113,7 @@ def describe_run(
         groups=groups,
         steps_skipped=None if skipped is None else int(skipped.sum()),
         nonfinite_skipped=None if skipped is None else int((skipped & ~finite).sum()),
-        phases=_phases(np.sqrt(np.square(norms).sum(axis=1)), index, finite),
+        phases=_phases(np.sqrt(np.square(norms[:, history.first]).sum(axis=1)), index, finite),
     )
 
 

@@ -35,7 +35,9 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
         found += _nonfinite(gradients.nonfinite, total, alone=gradients.at is not None, skipped=skipped or 0)
         found += _overflow(_float32_overflow(gradients))
         found += _recorded(inspection)
-        found += _dominance([(group.name, group.share) for group in gradients.groups])
+        shares = [(group.name, group.share) for group in gradients.groups]
+        # Groups that share tensors are no parts of a whole.
+        found += _dominance(shares) if math.fsum(share for _, share in shares) < 1.001 else []
         found += _dominance([(layer.name, layer.share) for layer in gradients.layers])
         found += _dead(gradients)
     if inspection.weights is not None:

@@ -128,7 +128,7 @@ class _Columns:
             nan=np.zeros(shape, np.int64),
             inf=np.zeros(shape, np.int64),
         )
-        history = ClipHistory.unknown(shape[0], len(source.groups))
+        history = ClipHistory.unknown(shape[0], source.groups)
         calls = 0
         measured: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         for row, step in enumerate(source.read_steps(selected, progress)):

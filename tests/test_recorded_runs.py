@@ -123,6 +123,19 @@ def test_a_largest_magnitude_is_not_compared_as_an_l2_norm() -> None:
     assert run.overall.decisions_differ == 0
 
 
+def test_what_is_clipped_twice_is_judged_by_the_norm_that_was_returned() -> None:
+    actor = np.array([0.6, 3.0] * 10)
+    groups = {"all": ["actor.weight", "critic.weight"], "actor": ["actor.weight"]}
+    returned = np.column_stack([actor, np.minimum(actor, 1.0)])
+    limits = np.array([1.0, 2.0])
+    source = RecordedSource(run_of(actor, np.zeros(20)), groups, limits=limits, returned=returned)
+    inspection = inspect(source)
+    run = recorded(inspection)
+    assert [group.clip_rate for group in run.groups] == [0.5, 0.0]
+    assert run.overall.decisions_differ == 0
+    assert not any("dominates" in finding for finding in inspection.findings)
+
+
 def test_clipping_by_value_counts_too() -> None:
     inspection = inspect(RecordedSource(run_of(norms(50), np.zeros(50)), clip_value=1.0))
     assert recorded(inspection).overall.clip_rate == (norms(50) > 1.0).mean()

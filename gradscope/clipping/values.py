@@ -40,11 +40,11 @@ class ClipByValue(ElementPolicy):
 class _ValueReplay:
     """One row per step for the joint gradient and the clip groups; layers are summed up as they come.
 
-    ``recorded`` lists the tensors of each clip group of the source, None where they do not divide its tensors.
+    ``recorded`` holds the tensors of the source's clip groups, None where those do not divide its tensors.
     """
 
     def __init__(
-        self, label: str, clip_value: float, layout: TensorLayout, recorded: list[NDArray[np.intp]] | None
+        self, label: str, clip_value: float, layout: TensorLayout, recorded: dict[int, NDArray[np.intp]] | None
     ) -> None:
         self._label = label
         self._clip_value = clip_value
@@ -97,7 +97,8 @@ class _ValueReplay:
         """One clip per clip group of the source, where the step holds their spectra."""
         if self._recorded is None or not step.group_spectra:
             return None
-        return self._clips(step.group_spectra, [step.max_abs[members].max(initial=0.0) for members in self._recorded])
+        largest = [float(step.max_abs[members].max(initial=0.0)) for members in self._recorded.values()]
+        return self._clips([step.group_spectra[place] for place in self._recorded], largest)
 
     def _clips(
         self, spectra: Sequence[MagnitudeSpectrum | None], largest: Sequence[float] | FloatArray
@@ -126,20 +127,26 @@ class _ValueReplay:
         )
 
 
-def _members(source: GradientSource) -> list[NDArray[np.intp]] | None:
-    """The tensors of each clip group of ``source``, unless one is in several groups or in none."""
+def _members(source: GradientSource) -> dict[int, NDArray[np.intp]] | None:
+    """The clip groups of ``source``, by their place, that divide its tensors among them; None where none do.
+
+    A group that shares tensors with one before it met gradients that were clipped already.
+    """
     position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
-    grouped = [name for group in source.groups for name in group.tensors]
-    if sorted(grouped) != sorted(position):
-        return None
-    return [np.array([position[name] for name in group.tensors], dtype=np.intp) for group in source.groups]
+    members: dict[int, NDArray[np.intp]] = {}
+    left = set(position)
+    for place, group in enumerate(source.groups):
+        if left.issuperset(group.tensors):
+            members[place] = np.array([position[name] for name in group.tensors], dtype=np.intp)
+            left.difference_update(group.tensors)
+    return None if left else members
 
 
-def _unions(recorded: list[NDArray[np.intp]] | None, groups: Partition) -> Partition | None:
+def _unions(recorded: dict[int, NDArray[np.intp]] | None, groups: Partition) -> Partition | None:
     """Which of ``groups`` each recorded clip group belongs to; None where one is divided among several."""
     if recorded is None:
         return None
-    owners = [np.unique(groups.owner[members]) for members in recorded]
+    owners = [np.unique(groups.owner[members]) for members in recorded.values()]
     if any(len(owner) != 1 for owner in owners):
         return None
     return Partition.over(np.concatenate(owners), groups.names)
