@@ -35,7 +35,7 @@ class WatchedGroup:
     call_site: str
     names: list[str]
     tensors: list[int]
-    owned: bool
+    owned: bool = True
     kept: list[int] | None = None
     meter: Meter | None = None
     refs: list[weakref.ref[Tensor]] = field(default_factory=list)

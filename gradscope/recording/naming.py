@@ -32,6 +32,11 @@ class ParameterNames:
         self._names: dict[int, str] = {}
         self._prefixes: dict[int, str] = {}
         self._sizes: dict[str, int] = {}
+        self._optimized: set[int] = set()
+
+    def have_an_optimizer(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether some optimizer updated any of ``parameters`` when they were named."""
+        return not self._optimized.isdisjoint(map(id, parameters))
 
     def known(self, parameter: Tensor) -> str | None:
         """The name that ``parameter`` was given before."""
@@ -39,7 +44,10 @@ class ParameterNames:
         return name if name is not None and self._holders[name]() is parameter else None
 
     def name(self, parameters: Sequence[Tensor], frame: FrameType | None) -> list[str]:
-        """One name per parameter.  ``frame`` is where they were clipped or stepped."""
+        """One name per parameter.  ``frame`` is where they were clipped or stepped.
+
+        Looking for modules takes about a tenth of a second; it is done once for every new model.
+        """
         named = [self.known(parameter) for parameter in parameters]
         unnamed = [parameter for parameter, name in zip(parameters, named, strict=True) if name is None]
         fresh = iter(self._spell(unnamed, frame) if unnamed else ())
@@ -55,6 +63,8 @@ class ParameterNames:
         modules, optimizers = _alive()
         owned = _owned_by_roots(modules)
         wanted = {id(parameter) for parameter in parameters}
+        self._optimized -= wanted
+        self._optimized |= wanted & set().union(*map(parameter_ids, optimizers))
         outer = list(_scopes(frame))
         several = _owners(owned, _trained_here(wanted, optimizers, outer)) > 1
         # A parameter of several roots is named by the one that owns most of those asked for.
@@ -92,12 +102,6 @@ def parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def have_an_optimizer(parameters: Sequence[Tensor]) -> bool:
-    """Whether some optimizer that is alive updates any of ``parameters``."""
-    wanted = {id(parameter) for parameter in parameters}
-    return any(not wanted.isdisjoint(parameter_ids(optimizer)) for optimizer in _alive()[1])
-
-
 def _trained_here(wanted: set[int], optimizers: list[torch.optim.Optimizer], scopes: list[dict[str, Any]]) -> set[int]:
     """The parameters of the optimizers that update any of ``wanted`` or can be seen from the training code."""
     visible = {id(value) for scope in scopes for value in list(scope.values())}
@@ -106,16 +110,23 @@ def _trained_here(wanted: set[int], optimizers: list[torch.optim.Optimizer], sco
 
 
 def _alive() -> tuple[list[nn.Module], list[torch.optim.Optimizer]]:
-    """Every module and optimizer there is; ``type`` is asked, as isinstance may run code of lazy proxies."""
-    modules, optimizers = [], []
+    """Every module and optimizer there is; a type is asked once, as a million objects are of a few thousand."""
+    modules: list[nn.Module] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    wanted: dict[type, list[Any] | None] = {}
     for thing in gc.get_objects():
         kind = type(thing)
-        if issubclass(kind, nn.Module):
-            if "_modules" in thing.__dict__ and "_parameters" in thing.__dict__:
-                modules.append(thing)
-        elif issubclass(kind, torch.optim.Optimizer) and "param_groups" in thing.__dict__:
-            optimizers.append(thing)
-    return modules, optimizers
+        try:
+            found = wanted[kind]
+        except KeyError:
+            found = modules if issubclass(kind, nn.Module) else None
+            found = wanted[kind] = optimizers if issubclass(kind, torch.optim.Optimizer) else found
+        if found is not None:
+            found.append(thing)
+    return (
+        [module for module in modules if {"_modules", "_parameters"} <= module.__dict__.keys()],
+        [optimizer for optimizer in optimizers if "param_groups" in optimizer.__dict__],
+    )
 
 
 def _owned_by_roots(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[int, str]]]:

@@ -25,7 +25,7 @@ from gradscope.recording.frameworks import framework_of, versions
 from gradscope.recording.interception import Interception
 from gradscope.recording.lint import ClipLint
 from gradscope.recording.meter import Meter
-from gradscope.recording.naming import ParameterNames, have_an_optimizer
+from gradscope.recording.naming import ParameterNames
 from gradscope.recording.optimizers import OptimizerWatch
 from gradscope.recording.placement import describe, returned_is_partial
 from gradscope.recording.ranks import rank_and_world
@@ -292,8 +292,9 @@ class Recorder:
     ) -> WatchedGroup:
         if self._metadata.framework is None:
             self._metadata.framework = framework_of(frame)
-        group = WatchedGroup(function, site, [], [], owned=have_an_optimizer(parameters))
+        group = WatchedGroup(function, site, [], [])
         self._extend(group, parameters, frame)
+        group.owned = self._names.have_an_optimizer(parameters)
         return group
 
     def _extend(self, group: WatchedGroup, parameters: list[Tensor], frame: FrameType | None) -> None:

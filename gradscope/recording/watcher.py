@@ -76,6 +76,7 @@ class Watcher:
         self._calls: dict[WatchedGroup, ClipCall] = {}
         self._optimizers: dict[int, OptimizerWatch] = {}
         self._stepping: list[OptimizerWatch | None] = []
+        self._stepped: list[OptimizerWatch] = []
 
     def watching(self) -> bool:
         """Whether a clip call made now is to be looked at."""
@@ -369,6 +370,8 @@ class Watcher:
         """The step of ``watch`` is over: its rows go out."""
         if watch.round == self.step or (not watch.finished and self._all_gone()):
             self.step += 1
+            self._stepped.clear()
+        self._stepped.append(watch)
         watch.round = self.step
         watch.finished += 1
         watch.captured = False
@@ -387,8 +390,7 @@ class Watcher:
 
     def _all_gone(self) -> bool:
         """Whether the optimizers of this step are no more: then another training has begun."""
-        stepped = [watch.ref() for watch in self._optimizers.values() if watch.round == self.step]
-        return bool(stepped) and all(optimizer is None for optimizer in stepped)
+        return bool(self._stepped) and all(watch.ref() is None for watch in self._stepped)
 
     def _round_of(self, group: WatchedGroup) -> int:
         """The step of a gradient that no torch optimizer uses: one per clip call."""
