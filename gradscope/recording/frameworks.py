@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
+from gradscope.recording.frames import variables
+
 # Top-level package -> what people call it and the distribution that holds it.
 _FRAMEWORKS = {
     "stable_baselines3": ("SB3", "stable_baselines3"),
@@ -29,7 +31,8 @@ def framework_of(frame: FrameType | None) -> str | None:
             break
         name = _FRAMEWORKS.get(frame.f_globals.get("__name__", "").partition(".")[0], (None, ""))[0]
         if name in _REINFORCEMENT_LEARNING:
-            return f"{name} {type(frame.f_locals['self']).__name__}" if "self" in frame.f_locals else name
+            algorithm = variables(frame).get("self")
+            return name if algorithm is None else f"{name} {type(algorithm).__name__}"
         # The outermost one drives: a Trainer steps through Accelerate.
         found = name or found
         frame = frame.f_back

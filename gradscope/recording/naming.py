@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradscope.recording.frames import variables
+
 WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"})
 _ADDED_BY_WRAPPERS = re.compile(r"(^|\.)(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
 # How far out from the clip call the code that names the modules may stand.
@@ -178,15 +180,15 @@ def _scopes(frame: FrameType | None) -> Iterator[dict[str, Any]]:
     for _ in range(FRAMES_SEARCHED):
         if frame is None:
             return
-        variables = frame.f_locals
-        owner = variables.get("self")
+        local = variables(frame)
+        owner = local.get("self")
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             yield attributes
             if isinstance(owner, nn.Module):
                 yield attributes.get("_modules", {})
                 yield attributes.get("_parameters", {})
-        yield variables
+        yield local
         frame = frame.f_back
 
 
