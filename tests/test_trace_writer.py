@@ -210,6 +210,25 @@ def test_a_full_disk_stops_recording_and_leaves_what_was_written(tmp_path: Path)
     assert opened.step.tolist() == list(range(len(opened.step)))
 
 
+def test_a_disk_that_stands_still_stops_recording_before_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradscope.trace.writer.MOST_PENDING_BYTES", 1 << 20)
+    writer = TraceWriter(tmp_path / "run.gradscope", described(SHAPES), flush_seconds=1e6)
+    writer.append(row(0, GRADIENTS))
+    writer.flush()
+    # What a write that does not return leaves behind.
+    with writer._flushing:
+        rows = 0
+        while writer.error is None and rows < 20_000:
+            rows += 1
+            writer.append(row(rows, GRADIENTS))
+    writer.close()
+    assert writer.error == "the disk is too slow: 1 MiB wait to be written"
+    assert 1000 < rows < 20_000
+    assert steps_in(tmp_path / "run.gradscope") == [0]
+
+
 def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
     done = run_script(
         """
