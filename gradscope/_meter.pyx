@@ -910,10 +910,19 @@ cdef class GradientTally(Tensors):
         for i in range(shared + 1, n + 1):
             second.totals[pieces[i].tensor] = Totals(0.0, 0.0, 0, 0, 0, 0)
         work = threading.Thread(target=self.run_backwards, args=(second, n, n - shared, spectra))
-        work.start()
+        try:
+            work.start()
+        except RuntimeError:
+            # No new threads, as at the end of the interpreter.
+            self.run_backwards(second, n, n - shared, spectra)
         with nogil:
             tally.run(pieces, shared + 1, 1, spectra)
-        work.join()
+        if work.ident is not None:
+            try:
+                work.join()
+            finally:
+                # An interrupt must not leave it reading what is about to be reused.
+                work.join()
         for i in range(shared + 1, n + 1):
             add_totals(&tally.totals[pieces[i].tensor], &second.totals[pieces[i].tensor])
         if spectra == 2:

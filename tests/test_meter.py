@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -272,3 +273,16 @@ def test_weights_beyond_the_limit_take_turns() -> None:
     assert all(sum(row) == 2 for row in taken)
     assert [any(row[i] for row in taken) for i in range(4)] == [True, True, True, False]
     assert {norm for norms in seen for norm in norms if not math.isnan(norm)} == {10.0}
+
+
+def test_a_large_group_is_measured_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    tensors = [torch.randn(700_000), torch.randn(700_000)]
+    row = measure(tensors)
+    for i, values in enumerate(as_float64(tensors)):
+        assert row.sum_squares[i] == pytest.approx(float(values @ values), rel=1e-12)
+        assert int(bins_of(row, i).count.sum()) == np.count_nonzero(values)

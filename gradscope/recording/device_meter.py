@@ -27,6 +27,8 @@ from gradscope.trace.measurement import Bins, Measurement
 CHUNK = 1 << 19
 SMALL = 1 << 15
 MOST_TOGETHER = 256
+# Remembered at a time: one for each device, and for each set of tensors that has a gradient.
+LAYOUTS = 32
 OCTAVES = 64
 # The one below, the fine bins, and one for zeros and what is not finite.
 SLOTS = 8 * OCTAVES + 2
@@ -105,7 +107,8 @@ class DeviceMeter:
         key = device, tuple(tensor.numel() for tensor in tensors)
         layout = self._layouts.get(key)
         if layout is None:
-            self._layouts.clear()
+            if len(self._layouts) >= LAYOUTS:
+                self._layouts.clear()
             layout = self._layouts[key] = Layout(key[1], device)
         ordered = [tensors[i] for i in layout.order]
         totals = torch.zeros(len(ordered), _TOTALS, dtype=torch.float64, device=device)
