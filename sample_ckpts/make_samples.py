@@ -1,6 +1,6 @@
 """Train and write every file of this folder with the real libraries, on one thread and with fixed seeds.
 
-    pip install stable-baselines3==2.9.2 rsl-rl-lib==5.5.1 torch==2.13.0 safetensors pyyaml
+    pip install stable-baselines3==2.9.2 rsl-rl-lib==5.5.1 torch==2.13.0 safetensors pyyaml gradscope
     python sample_ckpts/make_samples.py [FOLDER]
 
 takes two minutes on one CPU core.  With the same library versions on the same kind of CPU a second run writes the
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 import yaml
 from rsl_rl.env import VecEnv
@@ -28,6 +29,8 @@ from rsl_rl.runners import OnPolicyRunner
 from safetensors.torch import save
 from stable_baselines3 import A2C, PPO, __version__
 from tensordict import TensorDict
+
+from gradscope import Recorder
 
 HERE = Path(__file__).parent
 
@@ -38,6 +41,8 @@ A2C_TIMESTEPS = 20_000
 # 50 rollouts of 320 updates.  125 shares no factor with a rollout's 32 minibatches, so every minibatch has its turn.
 DUMP_TIMESTEPS = 50 * 2048
 DUMP_EVERY = 125
+# The traces of the two trainings: every 7th update, which shares no factor with their minibatches.
+RECORD_EVERY = 7
 DUMP_NET = {"pi": [32, 32], "vf": [32, 32]}
 
 # What Isaac Lab dumps into params/agent.yaml for its cart-pole task: same keys, order and values, but for the device.
@@ -98,9 +103,11 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     folder.mkdir(parents=True, exist_ok=True)
-    write_sb3_checkpoint(PPO, PPO_TIMESTEPS, folder / "ppo_cartpole.zip")
+    with recorded(folder / "ppo_cartpole.gradscope"):
+        write_sb3_checkpoint(PPO, PPO_TIMESTEPS, folder / "ppo_cartpole.zip")
     write_sb3_checkpoint(A2C, A2C_TIMESTEPS, folder / "a2c_cartpole.zip")
-    write_rsl_rl_run(folder / "rsl_rl_run")
+    with recorded(folder / "rsl_rl_run.gradscope"):
+        write_rsl_rl_run(folder / "rsl_rl_run")
     write_gradient_dumps(folder / "ppo_cartpole_gradients")
 
 
@@ -132,6 +139,35 @@ def _without_clock_and_machine(saved: io.BytesIO) -> bytes:
             with new.open(zipfile.ZipInfo(name), "w", force_zip64=name.endswith(".pth")) as member:
                 member.write(content)
     return repacked.getvalue()
+
+
+# --- recorded runs ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(path: Path) -> Iterator[None]:
+    """Record what trains meanwhile, as ``gradscope record --every 7`` does."""
+    shutil.rmtree(path, ignore_errors=True)
+    command = ["python", "sample_ckpts/make_samples.py"]
+    with Recorder(path, every=RECORD_EVERY, command=command):
+        yield
+    _without_clock(path)
+
+
+def _without_clock(trace: Path) -> None:
+    """Set every time and number of a process to 0, and make one batch of those that the clock had parted."""
+    stream = trace / "rank-00000.arrows"
+    with pa.OSFile(str(stream)) as source:
+        rows = pa.ipc.open_stream(source).read_all().combine_chunks()
+    time = rows.schema.get_field_index("time")
+    rows = rows.set_column(time, rows.schema.field(time), pa.array([0.0] * len(rows)))
+    with pa.OSFile(str(stream), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    metadata = json.loads((trace / "trace.json").read_text())
+    metadata.update(run="sample", pid=0, started=0.0, ended=0.0)
+    metadata["versions"].pop("gradscope")
+    metadata["versions"]["torch"] = metadata["versions"]["torch"].split("+")[0]
+    (trace / "trace.json").write_text(json.dumps(metadata, indent=1) + "\n")
 
 
 # --- gradient dumps --------------------------------------------------------------------------------------------------

@@ -469,3 +469,16 @@ def test_a_model_built_again_goes_on_under_its_names(tmp_path: Any) -> None:
     recorded = record(tmp_path, train)
     assert recorded.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert [row["step"] for row in recorded.rows] == list(range(2 * STEPS))
+
+
+def test_every_short_training_has_steps_of_its_own(tmp_path: Any) -> None:
+    def train() -> None:
+        for _ in range(30):
+            model = nn.Linear(3, 1)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+
+    recorded = record(tmp_path, train)
+    assert [row["step"] for row in recorded.rows] == list(range(30))
+    assert recorded.names == ["weight", "bias"]
