@@ -267,3 +267,15 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [
+        ({"every": 7}, "One update in 7 was recorded."),
+        ({"every": 7, "start": 2000}, "One update in 7 was recorded, from update 2,000 on."),
+        ({"start": 2000}, "Recorded from update 2,000 on."),
+    ],
+)
+def test_what_is_only_a_part_of_a_run_says_so(tmp_path: Path, fields: dict[str, Any], note: str) -> None:
+    assert note in open_source(a_run(tmp_path / "run.gradscope", **fields)).notes

@@ -59,7 +59,7 @@ def open_trace(path: Path) -> RecordedTrace:
             ClipGroup(group.name, tuple(infos[i].name for i in group.tensors), run.max_norm(number))
             for number, group in enumerate(run.groups)
         ),
-        notes=(*run.notes, *_after_clipping(run), *_unfinished(run)),
+        notes=(*run.notes, *_sampled(run), *_after_clipping(run), *_unfinished(run)),
         findings=tuple(finding.message for finding in run.findings),
         run=run,
     )
@@ -166,6 +166,13 @@ class _Spectra(Sequence[MagnitudeSpectrum | None]):
         if isinstance(places, range):
             return tuple(self._decode(self._place, i) for i in places)
         return self._decode(self._place, places)
+
+
+def _sampled(run: RecordedRun) -> tuple[str, ...]:
+    every, start = run.metadata.every, run.metadata.start
+    if every == 1:
+        return (f"Recorded from update {start:,} on.",) if start else ()
+    return (f"One update in {every} was recorded" + (f", from update {start:,} on." if start else "."),)
 
 
 def _after_clipping(run: RecordedRun) -> list[str]:
