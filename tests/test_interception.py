@@ -482,3 +482,25 @@ def test_every_short_training_has_steps_of_its_own(tmp_path: Any) -> None:
     recorded = record(tmp_path, train)
     assert [row["step"] for row in recorded.rows] == list(range(30))
     assert recorded.names == ["weight", "bias"]
+
+
+def test_complex_gradients_are_left_out_by_name(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.real = nn.Parameter(torch.randn(3))
+    model.phase = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    norms = []
+
+    def train() -> None:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            (model.real * model.phase).abs().sum().backward()
+            norms.append(float(model.real.grad.double().norm()))
+            optimizer.step()
+
+    recorded = record(tmp_path, train)
+    assert [norm(row) for row in recorded.rows] == pytest.approx(norms, rel=1e-6)
+    assert recorded.metadata["notes"] == [
+        "The gradient of phase is left out: it is complex64, and complex numbers are not measured."
+    ]

@@ -89,7 +89,7 @@ class Meter:
         self._group: GroupMeter | None = None
         self._device: DeviceMeter | None = None
 
-    def measure(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending:
+    def measure(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending | None:
         """The gradients, one per tensor of the group; ``spectra`` is 0: none, 1: of the group, 2: of its tensors too.
 
         Gradients on an accelerator give a ``Pending``, whose ``result()`` is the Measurement once it is ``ready()``.
@@ -97,15 +97,18 @@ class Meter:
         measured = self.take(gradients, spectra)
         return measured.unpacked() if isinstance(measured, PackedMeasurement) else measured
 
-    def take(self, gradients: Sequence[Tensor | None], spectra: int) -> PackedMeasurement | Measurement | Pending:
-        """The same as ``measure``, as a trace is written from it."""
+    def take(self, gradients: Sequence[Tensor | None], spectra: int) -> PackedMeasurement | Measurement | Pending | None:
+        """The same as ``measure``, as a trace is written from it; None inside the capture of a CUDA graph.
+
+        What a graph replays cannot be seen, and measuring would become a part of it.
+        """
         pointers = addresses(gradients, Tensor, torch.strided, self._dtypes, self._numels)
         if pointers is None or self._group is None:
             return self._measure_others(gradients, spectra)
         return self._group.pack(pointers, spectra)
 
     @torch.no_grad()
-    def _measure_others(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending:
+    def _measure_others(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending | None:
         """Of gradients that do not all lie in memory as they did the last time."""
         held = [None if gradient is None else self._elements(i, gradient) for i, gradient in enumerate(gradients)]
         zeros = np.array(
@@ -114,6 +117,8 @@ class Meter:
         if any(elements is not None and not elements.is_cpu for elements in held):
             from gradscope.recording.device_meter import DeviceMeter
 
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return None
             if self._device is None:
                 self._device = DeviceMeter()
             return self._device.measure(held, spectra, zeros)

@@ -356,6 +356,9 @@ class Recorder:
                 returned_partial=returned_is_partial(call.total_norm),
             )
         )
+        for group in parts:
+            for position, why in group.meter.unmeasured.items() if group.meter else ():
+                self._metadata.notes.append(f"The gradient of {group.names[position]} is left out: {why}.")
         if clipped_before:
             note = f"{clipped_before} clips inside its own optimizer: what is recorded is after its clipping."
             self._metadata.notes[:] = dict.fromkeys([*self._metadata.notes, note])

@@ -49,7 +49,7 @@ class UpdateNorms:
         if self._meter is not None:
             return self._meter.after([p.data_ptr() for p in held if p is not None])
         changes = [
-            p.to(torch.float64) - self._copies[i] if p is not None and i in self._copies else None
+            p.to(_wide(p)) - self._copies[i] if p is not None and i in self._copies else None
             for i, p in enumerate(held)
         ]
         self._copies.clear()
@@ -81,7 +81,7 @@ class PendingNorms:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         """Take the norms of ``tensors``, NaN for None, without waiting for them."""
-        norms = [None if t is None else torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+        norms = [None if t is None else torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
         self._at = [i for i, norm in enumerate(norms) if norm is not None]
         self._length = len(norms)
         there = [norm for norm in norms if norm is not None]
@@ -109,3 +109,7 @@ def _in_memory(held: Sequence[Tensor | None]) -> bool:
         p is not None and p.is_cpu and p.layout is torch.strided and p.is_contiguous() and p.dtype in DTYPES
         for p in held
     )
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
