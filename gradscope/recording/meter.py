@@ -97,7 +97,9 @@ class Meter:
         measured = self.take(gradients, spectra)
         return measured.unpacked() if isinstance(measured, PackedMeasurement) else measured
 
-    def take(self, gradients: Sequence[Tensor | None], spectra: int) -> PackedMeasurement | Measurement | Pending | None:
+    def take(
+        self, gradients: Sequence[Tensor | None], spectra: int
+    ) -> PackedMeasurement | Measurement | Pending | None:
         """The same as ``measure``, as a trace is written from it; None inside the capture of a CUDA graph.
 
         What a graph replays cannot be seen, and measuring would become a part of it.
