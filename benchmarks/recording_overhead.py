@@ -36,7 +36,7 @@ PPO_EPOCHS = 10
 LEARN_TIMESTEPS = 4096
 # Every tenth step measures more than the others.
 TRANSFORMER_STEPS = 10
-BATCH, LENGTH, VOCABULARY = 8, 128, 1000
+BATCH, LENGTH, VOCABULARY = 4, 128, 1000
 
 # What they add stands elsewhere than in clip and step.
 NORM_AND_ITEM, WANDB = PEERS = ("norm().item()", "wandb.watch(log_freq=1)")

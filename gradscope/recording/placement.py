@@ -6,6 +6,7 @@ import gc
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradscope.tensors import TensorInfo
@@ -31,7 +32,7 @@ def describe(name: str, parameter: Tensor) -> RecordedTensor:
             tuple(mesh.mesh.shape),
             tuple(mesh.get_coordinate() or ()),
         )
-    sharded = _fsdp_shards().get(id(parameter)) if _FSDP in sys.modules else None
+    sharded = _fsdp_shards().get(id(parameter)) if _can_be_sharded() else None
     if sharded is not None:
         whole, rank, world = sharded
         return RecordedTensor(name, whole, dtype, layer, shape, ("S(0)",), (world,), (rank,))
@@ -52,6 +53,11 @@ def _placement(placement: Any) -> str:
     if placement.is_replicate():
         return "R"
     return "P" if placement.is_partial() else f"S({placement.dim})"
+
+
+def _can_be_sharded() -> bool:
+    """Optimizers import FSDP, too; looking for its modules takes as long for each parameter as a large step."""
+    return _FSDP in sys.modules and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _fsdp_shards() -> dict[int, tuple[tuple[int, ...], int, int]]:
