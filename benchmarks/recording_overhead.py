@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3 import PPO
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gradscope import Recorder
 
@@ -88,8 +89,14 @@ def unrecorded(_: torch.nn.Module) -> Iterator[None]:
 def recorded(**options: Any) -> Mode:
     @contextlib.contextmanager
     def record(_: torch.nn.Module) -> Iterator[None]:
-        with tempfile.TemporaryDirectory() as folder, Recorder(f"{folder}/run.gradscope", quiet=True, **options):
-            yield
+        made: list[int] = []
+        counting = register_optimizer_step_post_hook(lambda *_: made.append(1))
+        with tempfile.TemporaryDirectory() as folder:
+            with Recorder(f"{folder}/run.gradscope", quiet=True, **options) as recorder:
+                yield
+            counting.remove()
+            if recorder.steps != len(made):
+                sys.exit(f"{recorder.steps} of {len(made)} steps were recorded: nothing was measured")
 
     return record
 
