@@ -8,6 +8,19 @@ def addresses(
     gradients: Sequence[Any | None], kind: type, layout: object, dtypes: list[Any], numels: list[int]
 ) -> list[int] | None: ...
 
+class Copy:
+    pointers: list[int]
+    def __init__(self, nbytes: list[int]) -> None: ...
+    def take(
+        self,
+        gradients: Sequence[Any | None],
+        kind: type,
+        layout: object,
+        dtypes: list[Any],
+        numels: list[int],
+        nbytes: list[int],
+    ) -> bool: ...
+
 class GradientTally:
     def __init__(self, numels: Sequence[int], dtypes: Sequence[str]) -> None: ...
     def measure(self, pointers: list[int], spectra: int) -> tuple[bytes, int, int]: ...

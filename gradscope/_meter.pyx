@@ -793,6 +793,47 @@ def addresses(gradients, kind, layout, list dtypes not None, list numels not Non
     return found
 
 
+cdef class Copy:
+    """Room for the gradients of a group of small tensors, copied out of the way of what changes them.
+
+    ``pointers`` says where each lies in it, 0 for None.
+    """
+
+    cdef char *memory
+    cdef readonly list pointers
+
+    def __cinit__(self, list nbytes not None):
+        cdef Py_ssize_t size = 64
+        for n in nbytes:
+            size += (<Py_ssize_t>n + 63) & ~63
+        self.pointers = []
+        self.memory = <char *>malloc(size)
+        if not self.memory:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    def take(self, gradients, kind, layout, list dtypes not None, list numels not None, list nbytes not None):
+        """Whether ``gradients`` are as ``addresses`` wants them; then they are copied, ``nbytes`` of each."""
+        cdef list found = addresses(gradients, kind, layout, dtypes, numels)
+        cdef Py_ssize_t i, n
+        cdef size_t address
+        cdef char *at = self.memory
+        if found is None:
+            return False
+        for i in range(len(found)):
+            address = found[i]
+            n = nbytes[i]
+            if address:
+                if n:
+                    memcpy(at, <const char *>address, n)
+                found[i] = <size_t>at
+            at += (n + 63) & ~63
+        self.pointers = found
+        return True
+
+
 cdef class Tensors:
     """Tensors of known size and dtype, wherever they lie."""
 

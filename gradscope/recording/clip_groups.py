@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -46,10 +46,6 @@ class WatchedGroup:
     positions: dict[int, int] = field(default_factory=dict)
     updates: UpdateNorms | None = None
 
-    def holds(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the parameters at these addresses are still the same objects."""
-        return self.refs[0]() is parameters[0] and self.refs[-1]() is parameters[-1]
-
     def gradients(self, parameters: Sequence[Tensor], whole: bool) -> list[Tensor | None]:
         """The gradients of ``parameters`` that are recorded, in the order of the group.
 
@@ -72,7 +68,7 @@ class WatchedGroup:
         self.members = frozenset(self.ids)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Witness:
     """One gradient of a group, and its version: as long as neither has changed, nor has the group's gradient."""
 
@@ -105,25 +101,37 @@ class GroupBook:
     def __init__(self, new: NewGroup, grow: Callable[[WatchedGroup, list[Tensor], FrameType | None], None]) -> None:
         self._new = new
         self._grow = grow
-        self._at: dict[Any, list[WatchedGroup]] = {}
+        self._at: dict[Hashable, list[WatchedGroup]] = {}
 
-    def find(
-        self, parameters: list[Tensor], frame: FrameType | None, function: str | None, site: Any = None
+    def clipped(self, parameters: list[Tensor], frame: FrameType | None, function: str) -> tuple[WatchedGroup, bool]:
+        """The group of a clip call in ``frame``, and whether its parameters are all of the group's, in its order."""
+        key = None if frame is None else (frame.f_code, frame.f_lasti)
+        here = self._at.get(key)
+        return self._known(here, parameters) or self._met(key, parameters, frame, function)
+
+    def unclipped(
+        self, parameters: list[Tensor], key: Hashable, frame: Callable[[], FrameType | None]
     ) -> tuple[WatchedGroup, bool]:
-        """The group of ``parameters``, and whether they are all of its parameters, in its order.
+        """The group of what an optimizer, told by ``key``, updates without clipping; ``frame`` finds where it steps."""
+        return self._known(self._at.get(key), parameters) or self._met(key, parameters, frame(), None)
 
-        ``site`` stands for the line where nothing clips: the optimizer.
-        """
-        key = site if site is not None else (frame.f_code, frame.f_lasti) if frame is not None else None
+    def _known(self, here: list[WatchedGroup] | None, parameters: list[Tensor]) -> tuple[WatchedGroup, bool] | None:
+        ids = list(map(id, parameters))
+        for group in here or ():
+            if group.ids == ids and group.refs[0]() is parameters[0] and group.refs[-1]() is parameters[-1]:
+                return group, True
+        return None
+
+    def _met(
+        self, key: Hashable, parameters: list[Tensor], frame: FrameType | None, function: str | None
+    ) -> tuple[WatchedGroup, bool]:
+        """A group whose parameters are not those of the last time, or one that is met first."""
         here = self._at.setdefault(key, [])
         ids = list(map(id, parameters))
         for group in here:
-            if group.ids == ids and group.holds(parameters):
-                return group, True
-        members = frozenset(ids)
-        for group in here:
             alive = {i for i, ref in zip(group.ids, group.refs, strict=True) if ref() is not None}
-            if 2 * len(alive & members) >= min(len(alive), len(members)) > 0:
+            shared = len(alive.intersection(ids))
+            if shared and 2 * shared >= min(len(alive), len(ids)):
                 unknown = [p for p in parameters if id(p) not in alive]
                 if unknown:
                     self._grow(group, unknown, frame)

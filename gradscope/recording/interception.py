@@ -24,6 +24,9 @@ from gradscope.recording.watcher import Watcher
 _PASSED_OVER = frozenset({"torch.nn.utils.clip_grad", "torch.utils._contextlib", "gradscope.recording.interception"})
 
 
+_STEPPING = ("torch.optim", "torch.utils._contextlib", "gradscope.recording")
+
+
 class Interception:
     """Feeds a ``Watcher``; ``install`` and ``remove`` may each be called once."""
 
@@ -88,13 +91,10 @@ class Interception:
             if torch.compiler.is_compiling() or not watcher.watching():
                 return original(parameters, max_norm, norm_type, *rest, **options)
             listed = _as_list(parameters)
-            call = watcher.before_clip("clip_grad_norm_", listed, _caller(), max_norm, norm_type)
             # An empty generator stays one: torch warns of it.
             handed = listed if listed or isinstance(parameters, list) else parameters
-            with watcher.nested():
-                total_norm = original(handed, max_norm, norm_type, *rest, **options)
-            watcher.after_clip(call, total_norm)
-            return total_norm
+            clip = functools.partial(original, handed, max_norm, norm_type, *rest, **options)
+            return self._watched(clip, "clip_grad_norm_", listed, max_norm, norm_type)
 
         return clip_grad_norm_
 
@@ -106,10 +106,8 @@ class Interception:
             if torch.compiler.is_compiling() or not watcher.watching():
                 return original(parameters, max_norm, total_norm, *rest, **options)
             listed = _as_list(parameters)
-            call = watcher.before_clip("clip_grads_with_norm_", listed, _caller(), max_norm, 2.0, total_norm)
-            with watcher.nested():
-                original(listed, max_norm, total_norm, *rest, **options)
-            watcher.after_clip(call, total_norm)
+            clip = functools.partial(original, listed, max_norm, total_norm, *rest, **options)
+            return self._watched(clip, "clip_grads_with_norm_", listed, max_norm, 2.0, total_norm)
 
         return clip_grads_with_norm_
 
@@ -121,32 +119,56 @@ class Interception:
             if torch.compiler.is_compiling() or not watcher.watching():
                 return original(parameters, clip_value, *rest, **options)
             listed = _as_list(parameters)
-            call = watcher.before_clip("clip_grad_value_", listed, _caller(), clip_value=clip_value)
-            with watcher.nested():
-                original(listed, clip_value, *rest, **options)
-            watcher.after_clip(call, None)
+            clip = functools.partial(original, listed, clip_value, *rest, **options)
+            return self._watched(clip, "clip_grad_value_", listed, None, None, None, clip_value)
 
         return clip_grad_value_
 
+    def _watched(self, clip: Callable[[], Any], function: str, parameters: list[Tensor], *limits: Any) -> Any:
+        """Run ``clip`` between the two looks at what it does; ``limits`` are those of ``Watcher.before_clip``."""
+        watcher = self._watcher
+        call = None
+        try:
+            call = watcher.before_clip(function, parameters, _caller(), *limits)
+        except Exception as error:  # noqa: BLE001 - see Watcher.broke
+            watcher.broke(error)
+        with watcher.nested():
+            returned = clip()
+        if call is not None:
+            try:
+                watcher.after_clip(call, returned)
+            except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                watcher.broke(error)
+        return returned
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._watcher.stepping():
+        watcher = self._watcher
+        if torch.compiler.is_compiling() or not watcher.stepping():
             return None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
-        frame = _stepping_frame()
-        if closure is None:
-            self._watcher.before_step(optimizer, frame)
+        try:
+            if closure is None:
+                watcher.before_step(optimizer, _stepping_frame)
+                return None
+            # The gradient exists inside the closure only; the first evaluation is the one at the point stepped from.
+            seen = watcher.closure(optimizer, closure, _stepping_frame)
+        except Exception as error:  # noqa: BLE001 - see Watcher.broke
+            watcher.broke(error)
             return None
-        # The gradient exists inside the closure only; the first evaluation is the one at the point stepped from.
-        seen = self._watcher.closure(optimizer, closure, frame)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": seen}
         return (args[0], seen, *args[2:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling() and self._watcher.stepping():
-            self._watcher.after_step(optimizer)
-            if self._watcher.fault is not None:
-                raise FloatingPointError(self._watcher.fault)
+        watcher = self._watcher
+        if torch.compiler.is_compiling() or not watcher.stepping():
+            return
+        try:
+            watcher.after_step(optimizer)
+        except Exception as error:  # noqa: BLE001 - see Watcher.broke
+            watcher.broke(error)
+        if watcher.fault is not None:
+            raise FloatingPointError(watcher.fault)
 
     def _scaler_step(self, original: Any) -> Any:
         watcher = self._watcher
@@ -155,8 +177,13 @@ class Interception:
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if not watcher.stepping() or not scaler.is_enabled():
                 return original(scaler, optimizer, *args, **kwargs)
-            with watcher.scaling(optimizer, sys._getframe(1)):
-                return original(scaler, optimizer, *args, **kwargs)
+            finished = watcher.finished(optimizer)
+            stepped = original(scaler, optimizer, *args, **kwargs)
+            try:
+                watcher.after_scaled_step(optimizer, finished)
+            except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                watcher.broke(error)
+            return stepped
 
         return step
 
@@ -166,7 +193,10 @@ class Interception:
         @functools.wraps(original)
         def unscale_(scaler: Any, optimizer: Any) -> Any:
             if watcher.stepping() and scaler.is_enabled():
-                watcher.before_unscale(optimizer, scaler)
+                try:
+                    watcher.before_unscale(optimizer, scaler)
+                except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                    watcher.broke(error)
             return original(scaler, optimizer)
 
         return unscale_
@@ -181,11 +211,8 @@ class Interception:
                 if not watcher.watching() or not any(handle.uses_sharded_strategy for handle in fsdp._all_handles):
                     return original(fsdp, max_norm, norm_type)
                 parameters = [p for p in fsdp.parameters() if p.requires_grad]
-                call = watcher.before_clip("FSDP.clip_grad_norm_", parameters, _caller(), max_norm, norm_type)
-                with watcher.nested():
-                    total_norm = original(fsdp, max_norm, norm_type)
-                watcher.after_clip(call, total_norm)
-                return total_norm
+                clip = functools.partial(original, fsdp, max_norm, norm_type)
+                return self._watched(clip, "FSDP.clip_grad_norm_", parameters, max_norm, norm_type)
 
             return clip_grad_norm_
 
@@ -214,7 +241,7 @@ def _as_list(parameters: Any) -> list[Tensor]:
 
 def _caller() -> FrameType | None:
     """The line of the training code that called the clip function."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_globals.get("__name__") in _PASSED_OVER:
         frame = frame.f_back
     return frame
@@ -222,7 +249,7 @@ def _caller() -> FrameType | None:
 
 def _stepping_frame() -> FrameType | None:
     """The line of the training code that called ``optimizer.step``."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch.optim"):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_STEPPING):
         frame = frame.f_back
     return frame

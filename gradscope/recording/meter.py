@@ -14,11 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradscope._meter import GradientTally, UpdateTally, addresses
+from gradscope._meter import Copy, GradientTally, UpdateTally, addresses
 from gradscope.trace.measurement import Measurement, PackedMeasurement
 
 if TYPE_CHECKING:
     from gradscope.recording.device_meter import DeviceMeter, Pending
+
+# Groups up to this size are copied, and measured later, as long as no more than this waits.
+COPIED_BYTES = 1 << 20
+WAITING_BYTES = 64 << 20
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "float64",
@@ -54,6 +58,28 @@ class GroupMeter:
         return PackedMeasurement(data, self._tensors, spectra, of_group, of_tensors)
 
 
+class CopiedGradients:
+    """Small gradients, copied in a few microseconds, to be measured by whoever writes them: see ``Meter.take``."""
+
+    __slots__ = ("_copy", "_group", "_room", "_spectra")
+
+    def __init__(self, group: GroupMeter, copy: Copy, room: list[Copy], spectra: int) -> None:
+        self._group = group
+        self._copy = copy
+        self._room = room
+        self._spectra = spectra
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def result(self) -> PackedMeasurement:
+        """The measurement; once, and by one thread at a time for all of a group."""
+        packed = self._group.pack(self._copy.pointers, self._spectra)
+        self._room.append(self._copy)
+        return packed
+
+
 class UpdateMeter:
     """The norms of weights, and of what an optimizer step changes in them.
 
@@ -86,7 +112,13 @@ class Meter:
         self.unmeasured: dict[int, str] = {}
         self._dtypes: list[torch.dtype] = [torch.float32] * n
         self._numels = [0] * n
+        self._nbytes: list[int] = []
+        # Of copies, and of what is measured at once: two threads.
         self._group: GroupMeter | None = None
+        self._at_once: GroupMeter
+        self._small = False
+        self._room: list[Copy] = []
+        self._copies = 0
         self._device: DeviceMeter | None = None
 
     def measure(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending | None:
@@ -95,19 +127,35 @@ class Meter:
         Gradients on an accelerator give a ``Pending``, whose ``result()`` is the Measurement once it is ``ready()``.
         """
         measured = self.take(gradients, spectra)
+        if isinstance(measured, CopiedGradients):
+            measured = measured.result()
         return measured.unpacked() if isinstance(measured, PackedMeasurement) else measured
 
     def take(
         self, gradients: Sequence[Tensor | None], spectra: int
-    ) -> PackedMeasurement | Measurement | Pending | None:
-        """The same as ``measure``, as a trace is written from it; None inside the capture of a CUDA graph.
+    ) -> CopiedGradients | PackedMeasurement | Measurement | Pending | None:
+        """The same as ``measure``, in the form that holds training up least; None while a CUDA graph is captured.
 
-        What a graph replays cannot be seen, and measuring would become a part of it.
+        Small gradients in memory are copied and measured later (``CopiedGradients``), many at a time and in another
+        thread: between the operations of a training step it would take twice as long.  What a CUDA graph replays cannot
+        be seen, and measuring would become a part of it.
         """
+        group = self._group
+        if group is not None and self._small:
+            copy = self._room.pop() if self._room else self._new_copy()
+            if copy is not None:
+                if copy.take(gradients, Tensor, torch.strided, self._dtypes, self._numels, self._nbytes):
+                    return CopiedGradients(group, copy, self._room, spectra)
+                self._room.append(copy)
         pointers = addresses(gradients, Tensor, torch.strided, self._dtypes, self._numels)
-        if pointers is None or self._group is None:
+        if pointers is None or group is None:
             return self._measure_others(gradients, spectra)
-        return self._group.pack(pointers, spectra)
+        return self._at_once.pack(pointers, spectra)
+
+    def _new_copy(self) -> Copy | None:
+        """Room for one more copy; None where too many wait to be measured already."""
+        self._copies += 1
+        return Copy(self._nbytes) if self._copies * sum(self._nbytes) <= WAITING_BYTES else None
 
     @torch.no_grad()
     def _measure_others(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending | None:
@@ -129,11 +177,19 @@ class Meter:
                 self._dtypes[i], self._numels[i] = elements.dtype, elements.numel()
                 self._group = None
         if self._group is None:
-            self._group = GroupMeter(self._numels, [DTYPES[dtype] for dtype in self._dtypes])
-        measured = self._group.measure([0 if e is None else e.data_ptr() or 1 for e in held], spectra)
+            self._prepare()
+        measured = self._at_once.measure([0 if e is None else e.data_ptr() or 1 for e in held], spectra)
         if zeros.any():
             measured.zeros = measured.zeros + zeros
         return measured
+
+    def _prepare(self) -> None:
+        """For gradients of other sizes or dtypes than before."""
+        dtypes = [DTYPES[dtype] for dtype in self._dtypes]
+        self._group, self._at_once = GroupMeter(self._numels, dtypes), GroupMeter(self._numels, dtypes)
+        self._nbytes = [numel * dtype.itemsize for numel, dtype in zip(self._numels, self._dtypes, strict=True)]
+        self._small = sum(self._nbytes) <= COPIED_BYTES
+        self._room, self._copies = [], 0
 
     def _elements(self, i: int, gradient: Tensor) -> Tensor | None:
         """What is to be measured of a gradient, gap-free in memory; None where it cannot be."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -14,7 +16,7 @@ from gradscope.recording.clip_groups import Witness
 
 # They clip inside their own optimizers, before torch's optimizer is called with the result.
 CLIPPING_FRAMEWORKS = {"deepspeed": "DeepSpeed", "megatron": "Megatron"}
-FRAMES_SEARCHED = 8
+FRAMES_SEARCHED = 16
 # Their update does not depend on the length of the gradient.
 NORMALISING = ("muon",)
 
@@ -23,8 +25,8 @@ NORMALISING = ("muon",)
 class OptimizerWatch:
     """One optimizer.  ``round`` is the step in which it last stepped, ``captured`` whether its gradient is taken.
 
-    ``never`` are the parameters that never had a gradient so far, by position, and ``unused`` their names after the
-    first step.
+    ``frame`` finds where it is stepped.  ``never`` are the parameters that never had a gradient so far, by position,
+    and ``unused`` their names after the first step.
     """
 
     ref: weakref.ref[torch.optim.Optimizer]
@@ -38,16 +40,18 @@ class OptimizerWatch:
     round: int = -1
     finished: int = 0
     captured: bool = False
-    frame: FrameType | None = None
+    frame: Callable[[], FrameType | None] = lambda: None
     used: list[Witness] = field(default_factory=list)
     calls: list[ClipCall] = field(default_factory=list)
     rest_of: dict[tuple[frozenset[int], ...], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch:
-        """Begin to watch ``optimizer``, stepped from ``frame``."""
+    def of(cls, optimizer: torch.optim.Optimizer) -> OptimizerWatch:
+        """Begin to watch ``optimizer``, which is being stepped."""
         name = type(optimizer).__name__
-        watch = cls(weakref.ref(optimizer), name, _clipped_before(frame), name.lower().startswith(NORMALISING))
+        watch = cls(
+            weakref.ref(optimizer), name, _clipped_before(sys._getframe(1)), name.lower().startswith(NORMALISING)
+        )
         # The parameters live as long as their optimizer, and no longer for being watched.
         weakref.finalize(optimizer, watch.release).atexit = False
         return watch
@@ -57,7 +61,6 @@ class OptimizerWatch:
         self.parameters.clear()
         self.rest_of.clear()
         self.used.clear()
-        self.frame = None
 
     def refresh(self, optimizer: torch.optim.Optimizer) -> None:
         """Notice parameters that were added or exchanged since the last step."""

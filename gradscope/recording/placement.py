@@ -12,11 +12,13 @@ from torch import Tensor
 from gradscope.tensors import TensorInfo
 from gradscope.trace.schema import RecordedTensor
 
+# By ``id`` of a parameter: its whole shape, this rank and how many ranks share it.
+Shards = dict[int, tuple[tuple[int, ...], int, int]]
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
-def describe(name: str, parameter: Tensor) -> RecordedTensor:
-    """``parameter`` as the trace's metadata holds it."""
+def describe(name: str, parameter: Tensor, shards: Shards) -> RecordedTensor:
+    """``parameter`` as the trace's metadata holds it; ``shards`` are those of ``fsdp_shards``."""
     dtype = str(parameter.dtype).removeprefix("torch.")
     layer = TensorInfo(name, (), dtype).layer
     shape = tuple(parameter.shape)
@@ -32,7 +34,7 @@ def describe(name: str, parameter: Tensor) -> RecordedTensor:
             tuple(mesh.mesh.shape),
             tuple(mesh.get_coordinate() or ()),
         )
-    sharded = _fsdp_shards().get(id(parameter)) if _can_be_sharded() else None
+    sharded = shards.get(id(parameter))
     if sharded is not None:
         whole, rank, world = sharded
         return RecordedTensor(name, whole, dtype, layer, shape, ("S(0)",), (world,), (rank,))
@@ -60,10 +62,12 @@ def _can_be_sharded() -> bool:
     return _FSDP in sys.modules and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _fsdp_shards() -> dict[int, tuple[tuple[int, ...], int, int]]:
-    """The parameters that FSDP1 shards, by ``id``: their whole shape, this rank and how many share them."""
+def fsdp_shards() -> Shards:
+    """The parameters that FSDP1 shards."""
+    shards: Shards = {}
+    if not _can_be_sharded():
+        return shards
     kind = sys.modules[_FSDP].FullyShardedDataParallel
-    shards: dict[int, tuple[tuple[int, ...], int, int]] = {}
     for module in gc.get_objects():
         if type(module) is not kind or getattr(module, "_handle", None) is None:
             continue

@@ -27,7 +27,7 @@ from gradscope.recording.lint import ClipLint
 from gradscope.recording.meter import Meter
 from gradscope.recording.naming import ParameterNames
 from gradscope.recording.optimizers import OptimizerWatch
-from gradscope.recording.placement import describe, returned_is_partial
+from gradscope.recording.placement import describe, fsdp_shards, returned_is_partial
 from gradscope.recording.ranks import rank_and_world
 from gradscope.recording.rows import RowQueue
 from gradscope.recording.sampling import Sampling
@@ -35,7 +35,7 @@ from gradscope.recording.trace_files import open_trace
 from gradscope.recording.updates import UpdateNorms
 from gradscope.recording.watcher import Watcher
 from gradscope.trace.measurement import Measurement, Row, unpacked
-from gradscope.trace.schema import Detail, LintFinding, RecordedGroup, TraceMetadata
+from gradscope.trace.schema import Detail, LintFinding, RecordedGroup, RecordedTensor, TraceMetadata
 
 if TYPE_CHECKING:
     from gradscope.recording.settings import RecordSettings
@@ -202,7 +202,7 @@ class Recorder:
     def _drain(self) -> None:
         """In the writer's thread, where an error would be seen by nobody."""
         try:
-            self._rows.drain()
+            self._rows.drain_old()
         except Exception as error:  # noqa: BLE001
             self._watcher.stop()
             self.failed(error)
@@ -307,7 +307,8 @@ class Recorder:
         if len(kept) < len(names) or group.kept is not None:
             group.kept = [*(group.kept or range(first)), *(first + i for i in kept)]
         group.names.extend(names[i] for i in kept)
-        group.tensors.extend(self._define(names[i], parameters[i]) for i in kept)
+        shards = fsdp_shards()
+        group.tensors.extend(self._define(describe(names[i], parameters[i], shards)) for i in kept)
         if group.names:
             recorded = [ref for i, ref in enumerate(group.refs) if group.kept is None or i in group.kept]
             group.meter = Meter(recorded)
@@ -320,9 +321,8 @@ class Recorder:
     def _included(self, name: str) -> bool:
         return self._include is None or any(fnmatchcase(name, glob) for glob in self._include)
 
-    def _define(self, name: str, parameter: Tensor) -> int:
+    def _define(self, tensor: RecordedTensor) -> int:
         """The number of a tensor; one that takes the place of another of its name and shape takes its number too."""
-        tensor = describe(name, parameter)
         for number, known in enumerate(self._metadata.tensors):
             if known == tensor:
                 return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.scalars import take_down
 from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement, Row, unpacked
 
+# One after the other, rows are made in a third of the time that each takes between the operations of a training step.
+AT_A_TIME = 32
+LONGEST_WAIT = 0.1
 # Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
 HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement, PackedMeasurement})
 
@@ -45,12 +49,20 @@ class RowQueue:
         """Take in a row."""
         taken = take_down(stepped) if isinstance(stepped, Tensor) else stepped
         self._waiting.append(_Waiting(step, group, call, taken, update_norms))
+        if len(self._waiting) >= AT_A_TIME:
+            self.drain()
 
     def drain(self) -> None:
         """Write the rows that are there, up to the first that a device still works on."""
         with self._draining:
             while self._waiting and self._waiting[0].ready():
                 self._write_first()
+
+    def drain_old(self) -> None:
+        """The same, if nobody has for a while: training is slow, or does something else."""
+        first = self._waiting[0] if self._waiting else None
+        if first is not None and time.time() - first.call.time > LONGEST_WAIT:
+            self.drain()
 
     def finish(self) -> None:
         """Write all rows, and wait for those that a device still works on."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from gradscope.recording.sampling import Sampling
 from gradscope.recording.scalars import take_down
 
 INFINITY = float("inf")
-P = ParamSpec("P")
-R = TypeVar("R")
+# Finds the line that steps an optimizer; looked for only where it is new.
+FrameFinder = Callable[[], FrameType | None]
 
 
 class Sink(Protocol):
@@ -42,22 +41,6 @@ class Sink(Protocol):
 
     def names_of(self, parameters: list[Tensor]) -> list[str]:
         """The names of parameters that were met before."""
-
-
-def _unnoticed(method: Callable[P, R]) -> Callable[P, R | None]:
-    """Whatever goes wrong while watching ends the recording with one warning, and never the training."""
-
-    @functools.wraps(method)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
-        try:
-            return method(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001
-            watcher: Any = args[0]
-            watcher.stop()
-            watcher.sink.failed(error)
-            return None
-
-    return guarded
 
 
 class Watcher:
@@ -96,7 +79,6 @@ class Watcher:
 
     # --- clip calls --------------------------------------------------------------------------------------------------
 
-    @_unnoticed
     def before_clip(
         self,
         function: str,
@@ -113,7 +95,7 @@ class Watcher:
             if not parameters:
                 self._lint.nothing_to_clip(function, call_site(frame), self.step, 0)
                 return None
-            group, whole = self._book.find(parameters, frame, function)
+            group, whole = self._book.clipped(parameters, frame, function)
             where = group.call_site
             if group.watch is not None and group.watch.captured:
                 # A later evaluation of the closure: the step's gradient is that of the first.
@@ -122,17 +104,21 @@ class Watcher:
             if not has_gradient and all(parameter.grad is None for parameter in parameters):
                 self._lint.nothing_to_clip(function, where, self.step, len(parameters))
                 return None
-            step = self._next_step(group)
-            self._look_at_threshold(limit, clip_value, where, step, group)
+            watch = group.watch
+            step = self.step + 1 if watch is not None and watch.round == self.step else self.step
+            if clip_value is not None or (limit is not None and not 0.0 < limit < INFINITY):
+                self._look_at_threshold(limit, clip_value, where, step, group)
             for same in self._calls.values():
                 if same.witness is not None and not same.consumers and same.witness.confirms(group):
                     if same.function == function:
                         self._lint.twice(function, where, step, self._name(group))
                     same.combine(limit, clip_value)
                     return same
-            if self._used_before(group):
-                self._lint.after_step(function, where, step, self._name(group))
-                return None
+            for used in (watch,) if watch is not None else self._optimizers.values():
+                for witness in used.used:
+                    if witness.confirms(group):
+                        self._lint.after_step(function, where, step, self._name(group))
+                        return None
             earlier = self._calls.get(group)
             if earlier is not None and not earlier.consumers and not group.owned:
                 self._finish([earlier], self._round_of(group), None)
@@ -156,11 +142,8 @@ class Watcher:
             self._calls[group] = call
             return call
 
-    @_unnoticed
-    def after_clip(self, call: ClipCall | None, total_norm: Any) -> None:
+    def after_clip(self, call: ClipCall, total_norm: Any) -> None:
         """Take down what the clip call returned."""
-        if call is None:
-            return
         if total_norm is not None and call.function != "clip_grads_with_norm_":
             call.total_norm = total_norm
             call.returned = take_down(total_norm)
@@ -172,9 +155,10 @@ class Watcher:
         return self.step + 1 if watch is not None and watch.round == self.step else self.step
 
     def _measure(self, group: WatchedGroup, parameters: list[Tensor], whole: bool, step: int) -> Any:
-        if group.meter is None or not self._sampling.due(step):
+        plan = self._sampling.plan(step)
+        if group.meter is None or not plan.due:
             return None
-        return group.meter.take(group.gradients(parameters, whole), self._sampling.spectra(step))
+        return group.meter.take(group.gradients(parameters, whole), plan.spectra)
 
     def _look_at_threshold(
         self, limit: float | None, clip_value: Any, where: str, step: int, group: WatchedGroup
@@ -183,14 +167,6 @@ class Watcher:
             self._lint.threshold(limit, "max_norm", where, step, self._name(group))
         if clip_value is not None and not 0.0 < float(clip_value) < INFINITY:
             self._lint.threshold(float(clip_value), "clip_value", where, step, self._name(group))
-
-    def _used_before(self, group: WatchedGroup) -> bool:
-        """Whether an optimizer has used this very gradient already."""
-        for watch in self._optimizers.values() if group.watch is None else (group.watch,):
-            for witness in watch.used:
-                if witness.confirms(group):
-                    return True
-        return False
 
     def _combined(self, call: ClipCall) -> ClipCall | None:
         """The call before this one that was given the same total norm."""
@@ -211,8 +187,12 @@ class Watcher:
 
     # --- optimizer steps ---------------------------------------------------------------------------------------------
 
-    @_unnoticed
-    def before_step(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> None:
+    def broke(self, error: Exception) -> None:
+        """Whatever goes wrong while watching ends the recording with one warning, and never the training."""
+        self.stop()
+        self.sink.failed(error)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, frame: FrameFinder) -> None:
         """``optimizer`` is about to use its gradients."""
         with self._lock:
             watch = self._enter(optimizer, frame)
@@ -220,32 +200,29 @@ class Watcher:
                 self._capture(watch, optimizer)
 
     def closure(
-        self, optimizer: torch.optim.Optimizer, evaluate: Callable[[], Any], frame: FrameType | None
+        self, optimizer: torch.optim.Optimizer, evaluate: Callable[[], Any], frame: FrameFinder
     ) -> Callable[[], Any]:
         """``evaluate``, watched: after its first evaluation the gradient is there."""
-        self._begin(optimizer, frame)
+        with self._lock:
+            self._enter(optimizer, frame)
 
         @functools.wraps(evaluate)
         def watched(*args: Any, **kwargs: Any) -> Any:
             loss = evaluate(*args, **kwargs)
-            self._evaluated(optimizer)
+            try:
+                self._evaluated(optimizer)
+            except Exception as error:  # noqa: BLE001 - see broke
+                self.broke(error)
             return loss
 
         return watched
 
-    @_unnoticed
-    def _begin(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> None:
-        with self._lock:
-            self._enter(optimizer, frame)
-
-    @_unnoticed
     def _evaluated(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             watch = self._stepping[-1] if self._stepping else None
             if watch is not None and watch.ref() is optimizer and not watch.captured:
                 self._capture(watch, optimizer)
 
-    @_unnoticed
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer`` has stepped, or a fused one has decided not to."""
         with self._lock:
@@ -255,27 +232,19 @@ class Watcher:
             found_inf = getattr(optimizer, "found_inf", None)
             self._conclude(watch, True if found_inf is None else found_inf)
 
-    @contextmanager
-    def scaling(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> Iterator[None]:
-        """Around ``GradScaler.step``, which leaves the optimizer alone where it found Inf or NaN."""
-        finished = self._finished(optimizer, frame)
-        yield
-        self._skipped(optimizer, finished)
-
-    @_unnoticed
-    def _finished(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> int:
+    def finished(self, optimizer: torch.optim.Optimizer) -> int:
+        """How many steps of ``optimizer`` have been seen."""
         with self._lock:
-            return self._watch(optimizer, frame).finished
+            return self._watch(optimizer).finished
 
-    @_unnoticed
-    def _skipped(self, optimizer: torch.optim.Optimizer, finished: int | None) -> None:
+    def after_scaled_step(self, optimizer: torch.optim.Optimizer, finished: int) -> None:
+        """After ``GradScaler.step``, which leaves the optimizer alone where it found Inf or NaN: then none is added."""
         with self._lock:
-            watch = self._watch(optimizer, None)
-            if watch.finished == finished and self.stepping():
+            watch = self._watch(optimizer)
+            if watch.finished == finished and self._active:
                 self._capture(watch, optimizer)
                 self._conclude(watch, False)
 
-    @_unnoticed
     def before_unscale(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
         """A ``GradScaler`` is about to divide the gradients: what was clipped before was clipped scaled."""
         with self._lock:
@@ -292,20 +261,22 @@ class Watcher:
         group = call.parts[0][0]
         self._lint.scaled(call.where, scale, call.max_norm, self._next_step(group), self._name(group))
 
-    def _watch(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch:
+    def _watch(self, optimizer: torch.optim.Optimizer) -> OptimizerWatch:
         watch = self._optimizers.get(id(optimizer))
         if watch is None or watch.ref() is not optimizer:
-            watch = self._optimizers[id(optimizer)] = OptimizerWatch.of(optimizer, frame)
+            watch = self._optimizers[id(optimizer)] = OptimizerWatch.of(optimizer)
         watch.refresh(optimizer)
         return watch
 
-    def _enter(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> OptimizerWatch | None:
+    def _enter(self, optimizer: torch.optim.Optimizer, frame: FrameFinder) -> OptimizerWatch | None:
         """Begin a step; None where it is part of one of an optimizer around this one."""
-        watch = self._watch(optimizer, frame)
-        if watch in self._stepping:
-            # Its last step ended in an exception.
-            del self._stepping[self._stepping.index(watch) :]
-        inner = any(outer is not None and not outer.ids.isdisjoint(watch.ids) for outer in self._stepping)
+        watch = self._watch(optimizer)
+        inner = False
+        if self._stepping:
+            if watch in self._stepping:
+                # Its last step ended in an exception.
+                del self._stepping[self._stepping.index(watch) :]
+            inner = any(outer is not None and not outer.ids.isdisjoint(watch.ids) for outer in self._stepping)
         self._stepping.append(None if inner else watch)
         watch.captured = False
         watch.frame = frame
@@ -328,7 +299,7 @@ class Watcher:
         rest = watch.rest(tuple([group.members for call in calls for group, _ in call.parts]))
         if rest and any(parameter.grad is not None for parameter in rest):
             calls.append(self._unclipped(watch, rest, step, 1.0 if scale is None else float(scale), clipped))
-        if self._sampling.due(step) and self._sampling.tenth(step):
+        if self._sampling.plan(step).tenth:
             for call in calls:
                 if not call.weight_norms:
                     call.weight_norms = [group.updates.before() for group, _ in call.parts if group.updates]
@@ -354,7 +325,7 @@ class Watcher:
     def _unclipped(
         self, watch: OptimizerWatch, rest: list[Tensor], step: int, scale: float, beside_clipped: bool
     ) -> ClipCall:
-        group, whole = self._book.find(rest, watch.frame, None, ("step", id(watch), beside_clipped))
+        group, whole = self._book.unclipped(rest, (watch, beside_clipped), watch.frame)
         group.watch = watch
         call = ClipCall(None, group.call_site, [(group, self._measure(group, rest, whole, step))])
         call.time = time.time()
@@ -375,7 +346,6 @@ class Watcher:
         watch.round = self.step
         watch.finished += 1
         watch.captured = False
-        watch.frame = None
         calls, watch.calls = watch.calls, []
         watch.used = [call.witness for call in calls if call.witness is not None]
         self._finish([call for call in calls if not call.consumers], self.step, stepped)
@@ -403,7 +373,7 @@ class Watcher:
         return self.step
 
     def _finish(self, calls: list[ClipCall], step: int, stepped: Any) -> None:
-        if not self._sampling.due(step):
+        if not self._sampling.plan(step).due:
             return
         for call in calls:
             updates: list[Any] = []

@@ -6,6 +6,7 @@ import atexit
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,6 +22,8 @@ from gradscope.trace.schema import TraceMetadata, metadata_name, stream_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# How often rows that are still to be made are asked for: so often that their memory is still warm.
+TICK_SECONDS = 0.05
 # What may wait for a disk that has stopped taking anything.
 MOST_PENDING_BYTES = 256 << 20
 # How an Arrow stream ends: the continuation mark and a message of no length.
@@ -44,7 +47,7 @@ class TraceWriter:
         Raises FileExistsError where this rank has a stream already, and OSError where the files cannot be made.
         """
         self.error: str | None = None
-        # Called by the writing thread before each flush, for rows that are made only then.
+        # Called by the writing thread every TICK_SECONDS, for rows that are made only then.
         self.before_flush: Callable[[], None] | None = None
         self.path = directory / stream_name(metadata.rank)
         self._metadata = metadata
@@ -119,10 +122,13 @@ class TraceWriter:
             self._stream = None
 
     def _flush_every(self, seconds: float) -> None:
-        while not self._ended.wait(seconds):
+        due = time.monotonic() + seconds
+        while not self._ended.wait(TICK_SECONDS):
             if self.before_flush is not None:
                 self.before_flush()
-            self.flush()
+            if time.monotonic() >= due:
+                self.flush()
+                due = time.monotonic() + seconds
 
     def _flush(self) -> None:
         with self._lock:
