@@ -38,6 +38,17 @@ class ClipCall:
         """Whether there is anything to write of it."""
         return any(measured is not None for _, measured in self.parts)
 
+    @property
+    def steady(self) -> bool:
+        """Whether it was an ordinary clip by norm, of which more of the same can be expected."""
+        return (
+            self.function == "clip_grad_norm_"
+            and self.clip_value is None
+            and self.grad_scale == 1.0
+            and len(self.parts) == 1
+            and self.measured
+        )
+
     def covers(self, watch: OptimizerWatch) -> bool:
         """Whether ``watch`` updates parameters of this call, and has not done so yet."""
         if watch in self.consumers:

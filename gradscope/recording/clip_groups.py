@@ -28,7 +28,8 @@ class WatchedGroup:
 
     ``kept`` are the positions of those that are recorded (None: all), ``names`` and ``tensors`` their names and numbers
     in the trace's metadata.  ``smallest`` is the position of the smallest parameter, whose gradient tells cheaply
-    whether anything changed.  ``owned``: some optimizer that was alive at first sight updates them.
+    whether anything changed; ``used`` is that gradient when it was clipped last on the fast path.  ``site`` is what the
+    book tells the group by.  ``owned``: some optimizer that was alive at first sight updates them.
     """
 
     function: str | None
@@ -42,7 +43,9 @@ class WatchedGroup:
     ids: list[int] = field(default_factory=list)
     smallest: int = 0
     members: frozenset[int] = frozenset()
+    site: Hashable = None
     watch: OptimizerWatch | None = None
+    used: Witness | None = None
     positions: dict[int, int] = field(default_factory=dict)
     updates: UpdateNorms | None = None
 
@@ -137,6 +140,7 @@ class GroupBook:
                     self._grow(group, unknown, frame)
                 return group, group.ids == ids
         group = self._new(parameters, frame, function, call_site(frame))
+        group.site = key
         here.append(group)
         return group, True
 

@@ -93,8 +93,22 @@ class Interception:
             listed = _as_list(parameters)
             # An empty generator stays one: torch warns of it.
             handed = listed if listed or isinstance(parameters, list) else parameters
-            clip = functools.partial(original, handed, max_norm, norm_type, *rest, **options)
-            return self._watched(clip, "clip_grad_norm_", listed, max_norm, norm_type)
+            call, steady = None, watcher.steady
+            if steady is not None:
+                try:
+                    call = steady.clip(listed, max_norm, norm_type, sys._getframe(2))
+                except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                    watcher.broke(error)
+            if steady is None or call is None:
+                clip = functools.partial(original, handed, max_norm, norm_type, *rest, **options)
+                return self._watched(clip, "clip_grad_norm_", listed, max_norm, norm_type)
+            with watcher.nested():
+                total_norm = original(handed, max_norm, norm_type, *rest, **options)
+            try:
+                steady.clipped(call, total_norm)
+            except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                watcher.broke(error)
+            return total_norm
 
         return clip_grad_norm_
 
@@ -129,6 +143,7 @@ class Interception:
         watcher = self._watcher
         call = None
         try:
+            watcher.leave_steady()
             call = watcher.before_clip(function, parameters, _caller(), *limits)
         except Exception as error:  # noqa: BLE001 - see Watcher.broke
             watcher.broke(error)
@@ -146,7 +161,11 @@ class Interception:
         if torch.compiler.is_compiling() or not watcher.stepping():
             return None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
+        steady = watcher.steady
         try:
+            if steady is not None and closure is None and steady.before_step(optimizer):
+                return None
+            watcher.leave_steady()
             if closure is None:
                 watcher.before_step(optimizer, _stepping_frame)
                 return None
@@ -163,8 +182,12 @@ class Interception:
         watcher = self._watcher
         if torch.compiler.is_compiling() or not watcher.stepping():
             return
+        steady = watcher.steady
         try:
-            watcher.after_step(optimizer)
+            if steady is not None and steady.stepping:
+                watcher.after_steady_step()
+            else:
+                watcher.after_step(optimizer)
         except Exception as error:  # noqa: BLE001 - see Watcher.broke
             watcher.broke(error)
         if watcher.fault is not None:

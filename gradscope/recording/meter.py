@@ -140,17 +140,26 @@ class Meter:
         thread: between the operations of a training step it would take twice as long.  What a CUDA graph replays cannot
         be seen, and measuring would become a part of it.
         """
-        group = self._group
-        if group is not None and self._small:
-            copy = self._room.pop() if self._room else self._new_copy()
-            if copy is not None:
-                if copy.take(gradients, Tensor, torch.strided, self._dtypes, self._numels, self._nbytes):
-                    return CopiedGradients(group, copy, self._room, spectra)
-                self._room.append(copy)
+        copied = self.copied(gradients, spectra)
+        if copied is not None:
+            return copied
         pointers = addresses(gradients, Tensor, torch.strided, self._dtypes, self._numels)
-        if pointers is None or group is None:
+        if pointers is None or self._group is None:
             return self._measure_others(gradients, spectra)
         return self._at_once.pack(pointers, spectra)
+
+    def copied(self, gradients: Sequence[Tensor | None], spectra: int) -> CopiedGradients | None:
+        """Small gradients, to be measured later; None where these are not, or not as the last time."""
+        group = self._group
+        if group is None or not self._small:
+            return None
+        copy = self._room.pop() if self._room else self._new_copy()
+        if copy is None:
+            return None
+        if copy.take(gradients, Tensor, torch.strided, self._dtypes, self._numels, self._nbytes):
+            return CopiedGradients(group, copy, self._room, spectra)
+        self._room.append(copy)
+        return None
 
     def _new_copy(self) -> Copy | None:
         """Room for one more copy; None where too many wait to be measured already."""

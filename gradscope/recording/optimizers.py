@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradscope.recording.clip_calls import ClipCall
-from gradscope.recording.clip_groups import Witness
+from gradscope.recording.clip_groups import WatchedGroup, Witness
 
 # They clip inside their own optimizers, before torch's optimizer is called with the result.
 CLIPPING_FRAMEWORKS = {"deepspeed": "DeepSpeed", "megatron": "Megatron"}
@@ -26,7 +26,7 @@ class OptimizerWatch:
     """One optimizer.  ``round`` is the step in which it last stepped, ``captured`` whether its gradient is taken.
 
     ``frame`` finds where it is stepped.  ``never`` are the parameters that never had a gradient so far, by position,
-    and ``unused`` their names after the first step.
+    and ``unused`` their names after the first step.  ``equal_steps`` in a row used the clip calls of ``last_groups``.
     """
 
     ref: weakref.ref[torch.optim.Optimizer]
@@ -41,6 +41,8 @@ class OptimizerWatch:
     finished: int = 0
     captured: bool = False
     frame: Callable[[], FrameType | None] = lambda: None
+    equal_steps: int = 0
+    last_groups: list[WatchedGroup] = field(default_factory=list)
     used: list[Witness] = field(default_factory=list)
     calls: list[ClipCall] = field(default_factory=list)
     rest_of: dict[tuple[frozenset[int], ...], list[Tensor]] = field(default_factory=dict)
@@ -62,15 +64,21 @@ class OptimizerWatch:
         self.rest_of.clear()
         self.used.clear()
 
+    def changed(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether parameters were added or exchanged since ``refresh``."""
+        groups, held = optimizer.param_groups, self.parameters
+        number = 0
+        for group in groups:
+            number += len(group["params"])
+        return number != len(held) or not held or not groups[0]["params"] or groups[0]["params"][0] is not held[0]
+
     def refresh(self, optimizer: torch.optim.Optimizer) -> None:
         """Notice parameters that were added or exchanged since the last step."""
-        groups = optimizer.param_groups
-        held = self.parameters
-        same_number = sum([len(group["params"]) for group in groups]) == len(held)
-        if same_number and held and groups[0]["params"] and groups[0]["params"][0] is held[0]:
+        if not self.changed(optimizer):
             return
+        held = self.parameters
         known = self.ids - {id(held[i]) for i in self.never}
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.ids = frozenset(map(id, self.parameters))
         self.never = [i for i, parameter in enumerate(self.parameters) if id(parameter) not in known]
         self.rest_of.clear()

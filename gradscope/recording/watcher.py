@@ -24,6 +24,7 @@ from gradscope.recording.naming import parameter_ids
 from gradscope.recording.optimizers import OptimizerWatch
 from gradscope.recording.sampling import Sampling
 from gradscope.recording.scalars import take_down
+from gradscope.recording.steady import STEPS_TO_BELIEVE, SteadyStep
 
 INFINITY = float("inf")
 # Finds the line that steps an optimizer; looked for only where it is new.
@@ -50,6 +51,7 @@ class Watcher:
         self.sink = sink
         self.step = 0
         self.fault: str | None = None
+        self.steady: SteadyStep | None = None
         self._book = book
         self._lint = lint
         self._sampling = sampling
@@ -76,6 +78,64 @@ class Watcher:
     def stop(self) -> None:
         """Look at nothing any more."""
         self._active = False
+        self.steady = None
+
+    def leave_steady(self) -> None:
+        """Something is not as it was at the last steps: take over what the fast path has seen of this one."""
+        with self._lock:
+            steady, self.steady = self.steady, None
+            if steady is None:
+                return
+            self._take_over(steady)
+            for call in steady.seen:
+                self._calls[call.parts[0][0]] = call
+
+    def after_steady_step(self) -> None:
+        """The fast path has seen a whole step."""
+        steady = self.steady
+        if steady is not None and not steady.after_step():
+            with self._lock:
+                self._take_over(steady)
+                self.steady = None
+
+    def _take_over(self, steady: SteadyStep) -> None:
+        watch = steady.watch
+        watch.finished += steady.step - watch.round
+        watch.round = self.step = steady.step
+        watch.used = [group.used for group in watch.last_groups if group.used is not None]
+
+    def _steady_after(self, watch: OptimizerWatch, calls: list[ClipCall], stepped: Any) -> SteadyStep | None:
+        """A fast path for the next steps of ``watch``, if they can be expected to be like this one and those before."""
+        groups = [call.parts[0][0] for call in calls]
+        watch.equal_steps = watch.equal_steps + 1 if groups == watch.last_groups else 0
+        watch.last_groups = groups
+        optimizer = watch.ref()
+        steps = self._sampling.until_tenth(self.step)
+        if (
+            watch.equal_steps < STEPS_TO_BELIEVE
+            or not steps
+            or stepped is not True
+            or optimizer is None
+            or watch.never
+            or watch.normalises
+            or self._calls
+            or self._stepping
+            or self._stepped != [watch]
+            or not all(call.steady and call.parts[0][0].kept is None for call in calls)
+            or watch.rest(tuple([group.members for group in groups]))
+        ):
+            return None
+        for call in calls:
+            call.parts[0][0].used = None
+        for witness, group in zip(watch.used, groups, strict=False):
+            group.used = witness
+        spectra = self._sampling.plan(self.step + 1).spectra
+        return SteadyStep(optimizer, watch, groups, self.step, steps, spectra, self._conclude_steady)
+
+    def _conclude_steady(self, step: int, calls: list[ClipCall]) -> None:
+        for call in calls:
+            call.witness = None
+            self.sink.emit(step, call, True, [])
 
     # --- clip calls --------------------------------------------------------------------------------------------------
 
@@ -234,6 +294,7 @@ class Watcher:
 
     def finished(self, optimizer: torch.optim.Optimizer) -> int:
         """How many steps of ``optimizer`` have been seen."""
+        self.leave_steady()
         with self._lock:
             return self._watch(optimizer).finished
 
@@ -247,6 +308,7 @@ class Watcher:
 
     def before_unscale(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
         """A ``GradScaler`` is about to divide the gradients: what was clipped before was clipped scaled."""
+        self.leave_steady()
         with self._lock:
             watch = self._optimizers.get(id(optimizer))
             members = watch.ids if watch is not None else frozenset(parameter_ids(optimizer))
@@ -357,6 +419,7 @@ class Watcher:
                 # A call over several optimizers waits for the others.
                 if group.members <= watch.ids or call.function is None:
                     self._calls.pop(group, None)
+        self.steady = self._steady_after(watch, calls, stepped)
 
     def _all_gone(self) -> bool:
         """Whether the optimizers of this step are no more: then another training has begun."""
@@ -383,6 +446,7 @@ class Watcher:
 
     def finish(self) -> None:
         """The recording ends: rows of gradients that no torch optimizer uses go out."""
+        self.leave_steady()
         with self._lock:
             waiting = [call for call in dict.fromkeys(self._calls.values()) if not call.consumers]
             for call in waiting:
@@ -393,6 +457,7 @@ class Watcher:
 
     def optimizers(self) -> list[OptimizerWatch]:
         """Every optimizer that has stepped."""
+        self.leave_steady()
         return [watch for watch in self._optimizers.values() if watch.finished]
 
 
