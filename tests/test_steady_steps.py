@@ -81,7 +81,7 @@ class Unsteady:
         self.whole()
 
     def a_closure(self) -> None:
-        self.optimizer.step(lambda: self.backward())
+        self.optimizer.step(self.backward)
 
     def no_gradient_in_part(self) -> None:
         self.model["critic"].zero_grad()
