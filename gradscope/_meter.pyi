@@ -1,3 +1,4 @@
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ def addresses(
 ) -> list[int] | None: ...
 
 class Copy:
-    pointers: list[int]
+    @property
+    def pointers(self) -> list[int]: ...
     def __init__(self, nbytes: list[int]) -> None: ...
     def take(
         self,
@@ -24,6 +26,11 @@ class Copy:
 class GradientTally:
     def __init__(self, numels: Sequence[int], dtypes: Sequence[str]) -> None: ...
     def measure(self, pointers: list[int], spectra: int) -> tuple[bytes, int, int]: ...
+
+class RowBatch:
+    def __init__(self, copied: type, array: type, coarse: tuple[Any, ...], most: int) -> None: ...
+    def gather(self, waiting: deque[tuple[Any, ...]]) -> int: ...
+    def measured(self) -> tuple[bytes, tuple[bytes, ...]]: ...
 
 class UpdateTally:
     limit: int

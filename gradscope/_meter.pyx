@@ -748,7 +748,7 @@ cdef size_t emit_below(FineBins *bins, size_t octave, StoredBin *out) noexcept n
     return emit_bin(out, <uint16_t>(BELOW + octave), count, sum, squares)
 
 
-cdef char *copy_column(char *to, Tally tally, size_t slot, int column) noexcept:
+cdef char *copy_column(char *to, Tally tally, size_t slot, int column) noexcept nogil:
     """One of count, mean, spread and code of the bins stored at ``slot``; returns where the next column goes."""
     cdef size_t i, n = tally.sizes[slot]
     cdef const StoredBin *bins = tally.stored + tally.starts[slot]
@@ -794,25 +794,31 @@ def addresses(gradients, kind, layout, list dtypes not None, list numels not Non
 
 
 cdef class Copy:
-    """Room for the gradients of a group of small tensors, copied out of the way of what changes them.
-
-    ``pointers`` says where each lies in it, 0 for None.
-    """
+    """Room for the gradients of a group of small tensors, copied out of the way of what changes them."""
 
     cdef char *memory
-    cdef readonly list pointers
+    # Where each lies in it; NULL for None.
+    cdef const char **held
+    cdef Py_ssize_t tensors
 
     def __cinit__(self, list nbytes not None):
         cdef Py_ssize_t size = 64
         for n in nbytes:
             size += (<Py_ssize_t>n + 63) & ~63
-        self.pointers = []
+        self.tensors = len(nbytes)
+        self.held = <const char **>calloc(self.tensors + 1, sizeof(char *))
         self.memory = <char *>malloc(size)
-        if not self.memory:
+        if not (self.memory and self.held):
             raise MemoryError
 
     def __dealloc__(self):
         free(self.memory)
+        free(self.held)
+
+    @property
+    def pointers(self):
+        """Where each lies, 0 for None."""
+        return [<size_t>self.held[i] for i in range(self.tensors)]
 
     def take(self, gradients, kind, layout, list dtypes not None, list numels not None, list nbytes not None):
         """Whether ``gradients`` are as ``addresses`` wants them; then they are copied, ``nbytes`` of each."""
@@ -820,17 +826,15 @@ cdef class Copy:
         cdef Py_ssize_t i, n
         cdef size_t address
         cdef char *at = self.memory
-        if found is None:
+        if found is None or len(found) != self.tensors:
             return False
-        for i in range(len(found)):
+        for i in range(self.tensors):
             address = found[i]
             n = nbytes[i]
-            if address:
-                if n:
-                    memcpy(at, <const char *>address, n)
-                found[i] = <size_t>at
+            if address and n:
+                memcpy(at, <const char *>address, n)
+            self.held[i] = at if address else NULL
             at += (n + 63) & ~63
-        self.pointers = found
         return True
 
 
@@ -876,6 +880,63 @@ cdef class Tensors:
                 self.elements += pieces[n].numel
                 n += 1
         return n
+
+
+cdef enum:
+    # The columns of many rows; the names are those of gradscope.trace.schema.
+    SUM_SQUARES = 0
+    MAX_ABS = 1
+    ZEROS = 2
+    NAN_COUNT = 3
+    INF_COUNT = 4
+    TENSOR_BIN_COUNTS = 5
+    GROUP_COUNT = 6  # then mean, spread, code
+    TENSOR_COUNT = 10  # the same
+    COLUMNS = 14
+
+
+cdef struct Grown:
+    char *data
+    size_t size
+    size_t room
+
+
+cdef struct Columns:
+    Grown[COLUMNS] column
+    bint no_memory
+
+
+# As gradscope.trace.pending_rows has it.
+cdef packed struct Head:
+    int64_t step
+    int32_t group
+    double time
+    double max_norm
+    double clip_value
+    double norm_type
+    double returned_norm
+    double grad_scale
+    int32_t present
+    int32_t tensors
+    int32_t group_bins
+    int32_t counts
+    int32_t tensor_bins
+    int32_t weight
+    int32_t update
+
+
+cdef char *more(Grown *grown, size_t size) noexcept nogil:
+    """Where the next ``size`` bytes go; NULL where there is no memory."""
+    cdef size_t needed = grown.size + size
+    cdef char *moved
+    if needed > grown.room or not grown.data:
+        moved = <char *>realloc(grown.data, 2 * needed + 64)
+        if not moved:
+            return NULL
+        grown.data = moved
+        grown.room = 2 * needed + 64
+    grown.size = needed
+    return grown.data + needed - size
 
 
 cdef class GradientTally(Tensors):
@@ -927,6 +988,71 @@ cdef class GradientTally(Tensors):
         data = self.pack(tally, cut, spectra)
         self.tally = tally
         return data
+
+    cdef void measure_copy(self, Tally tally, Copy copy, int spectra, Columns *out, Head *head) noexcept nogil:
+        """What ``measure`` does, of a copy; appends to the columns."""
+        cdef Py_ssize_t n = 0, i
+        for i in range(self.tensors):
+            tally.totals[i] = Totals(NAN, 0.0, 0, 0, 0, 0)
+            if copy.held[i]:
+                tally.totals[i].squares = 0.0
+                self.present[n] = self.pieces[i]
+                self.present[n].tensor = i
+                self.present[n].data = copy.held[i]
+                self.present[n].whole = True
+                n += 1
+        tally.run(self.present, n, 1, spectra)
+        if spectra:
+            tally.store(self.tensors, &tally.group)
+            clear(&tally.group)
+        self.append(tally, spectra, out, head)
+
+    cdef void append(self, Tally tally, int spectra, Columns *out, Head *head) noexcept nogil:
+        cdef Py_ssize_t n = self.tensors, i, column
+        cdef size_t of_group = tally.sizes[n] if spectra else 0, of_tensors = 0
+        cdef double *squares = <double *>more(&out.column[SUM_SQUARES], 8 * n)
+        cdef uint64_t *most = <uint64_t *>more(&out.column[MAX_ABS], 8 * n)
+        cdef uint64_t *zeros = <uint64_t *>more(&out.column[ZEROS], 8 * n)
+        cdef uint64_t *nan = <uint64_t *>more(&out.column[NAN_COUNT], 8 * n)
+        cdef uint64_t *inf = <uint64_t *>more(&out.column[INF_COUNT], 8 * n)
+        cdef int32_t *sizes
+        cdef char *at
+        if not (squares and most and zeros and nan and inf) or tally.no_memory:
+            out.no_memory = True
+            return
+        for i in range(n):
+            squares[i] = tally.totals[i].squares + tally.totals[i].lost
+            most[i] = tally.totals[i].most
+            zeros[i] = tally.totals[i].zeros
+            nan[i] = tally.totals[i].nan
+            inf[i] = tally.totals[i].inf
+        if spectra == 2:
+            sizes = <int32_t *>more(&out.column[TENSOR_BIN_COUNTS], 4 * n)
+            if not sizes:
+                out.no_memory = True
+                return
+            for i in range(n):
+                if tally.totals[i].squares != tally.totals[i].squares:
+                    tally.sizes[i] = 0
+                sizes[i] = <int32_t>tally.sizes[i]
+                of_tensors += tally.sizes[i]
+        for column in range(4):
+            at = more(&out.column[GROUP_COUNT + column], of_group * (2 if column == 3 else 4))
+            if not at:
+                out.no_memory = True
+                return
+            if spectra:
+                copy_column(at, tally, n, <int>column)
+            at = more(&out.column[TENSOR_COUNT + column], of_tensors * (2 if column == 3 else 4))
+            if not at:
+                out.no_memory = True
+                return
+            for i in range(n if spectra == 2 else 0):
+                at = copy_column(at, tally, i, <int>column)
+        head.tensors = <int32_t>n
+        head.group_bins = <int32_t>of_group
+        head.counts = <int32_t>n if spectra == 2 else 0
+        head.tensor_bins = <int32_t>of_tensors
 
     cdef Py_ssize_t measure_in_two(self, Tally tally, Py_ssize_t n, int spectra) except -1:
         """Measures one half of the elements in a second thread; returns the last tensor whose bins ``tally`` has.
@@ -1018,6 +1144,156 @@ cdef class GradientTally(Tensors):
         for i in range(n if spectra == 2 else 0):
             at = copy_column(at, tally if i <= cut else self.second, i, 3)
         return data, of_group, of_tensors
+
+
+cdef struct Job:
+    # Borrowed: a GradientTally, its Tally, and a Copy of its tensors.
+    void *group
+    void *tally
+    void *copy
+    int spectra
+
+
+cdef class RowBatch:
+    """Rows of copied gradients, measured all at once without holding up other threads.
+
+    ``copied`` is the type of a measurement that is still a ``Copy`` (with ``copy``, ``group.tally``, ``room`` and
+    ``spectra``), ``array`` that of norms, ``coarse`` are the dtypes whose total norm has to be looked at.  Not to be
+    shared between threads.
+    """
+
+    cdef object copied, array
+    cdef tuple coarse
+    cdef list taken, weight_norms, update_norms
+    cdef Head *heads
+    cdef Job *jobs
+    cdef Py_ssize_t most
+    cdef Columns columns
+
+    def __cinit__(self, copied, array, tuple coarse not None, Py_ssize_t most):
+        self.copied = copied
+        self.array = array
+        self.coarse = coarse
+        self.most = most
+        self.taken, self.weight_norms, self.update_norms = [], [], []
+        memset(&self.columns, 0, sizeof(Columns))
+        self.heads = <Head *>malloc((most + 1) * sizeof(Head))
+        self.jobs = <Job *>malloc((most + 1) * sizeof(Job))
+        if not (self.heads and self.jobs):
+            raise MemoryError
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(COLUMNS):
+            free(self.columns.column[i].data)
+        free(self.heads)
+        free(self.jobs)
+
+    def gather(self, waiting):
+        """Takes rows off the left of the deque ``waiting`` while they are plain and there is room; how many it holds.
+
+        A row is ``(step, group, call, stepped, update_norms)``.  It is plain if everything in it has arrived, nothing
+        is infinite, and it has one part.
+        """
+        popleft = waiting.popleft
+        while len(self.taken) < self.most and waiting and self.take(waiting[0]):
+            popleft()
+        return len(self.taken)
+
+    cdef bint take(self, tuple row) except -1:
+        cdef Py_ssize_t at = len(self.taken)
+        cdef Head *head = self.heads + at
+        cdef int present = 0
+        cdef GradientTally tally
+        cdef Copy copy
+        step, group, call, stepped, update_norms = row
+        parts, returned, total_norm, weight_norms = call.parts, call.returned, call.total_norm, call.weight_norms
+        if len(parts) != 1 or not (returned is None or type(returned) is float):
+            return False
+        if not (stepped is None or stepped is True or stepped is False):
+            return False
+        measured = parts[0][1]
+        if type(measured) is not self.copied:
+            return False
+        if total_norm is not None and type(total_norm) is not float and total_norm.dtype in self.coarse:
+            return False
+        if len(weight_norms) + len(update_norms):
+            if len(weight_norms) > 1 or len(update_norms) > 1:
+                return False
+            for norms in (*weight_norms, *update_norms):
+                if type(norms) is not self.array:
+                    return False
+        if returned is not None:
+            head.returned_norm = returned
+            if head.returned_norm - head.returned_norm != 0.0:
+                return False
+            present = 8
+        else:
+            head.returned_norm = 0.0
+        head.step, head.group, head.time, head.grad_scale = step, group, call.time, call.grad_scale
+        head.max_norm = head.clip_value = head.norm_type = 0.0
+        value = call.max_norm
+        if value is not None:
+            head.max_norm = value
+            present |= 1
+        value = call.clip_value
+        if value is not None:
+            head.clip_value = value
+            present |= 2
+        value = call.norm_type
+        if value is not None:
+            head.norm_type = value
+            present |= 4
+        if stepped is not None:
+            present |= 48 if stepped is True else 16
+        head.present = present
+        copy, tally = measured.copy, measured.group.tally
+        if tally.tensors != copy.tensors:
+            raise ValueError(f"a copy of {copy.tensors} tensors for {tally.tensors}")
+        if tally.tally is None:
+            tally.tally = Tally(tally.tensors)
+        self.jobs[at] = Job(<void *>tally, <void *>tally.tally, <void *>copy, measured.spectra)
+        head.weight = head.update = 0
+        if weight_norms:
+            head.weight = len(weight_norms[0])
+            self.weight_norms.append(weight_norms[0])
+        if update_norms:
+            head.update = len(update_norms[0])
+            self.update_norms.append(update_norms[0])
+        self.taken.append(measured)
+        return True
+
+    def measured(self):
+        """``(heads, columns)`` of the rows it holds, as bytes, and holds them no more.
+
+        The columns are sum_squares, max_abs, zeros, nan, inf, tensor_bin_counts; count, mean, spread and code of the
+        groups' bins, then of the tensors'; weight_norm and update_norm.
+        """
+        cdef Py_ssize_t i, n = len(self.taken)
+        cdef list taken = self.taken, joined
+        cdef Columns *columns = &self.columns
+        cdef const Job *job
+        columns.no_memory = False
+        for i in range(COLUMNS):
+            columns.column[i].size = 0
+        with nogil:
+            for i in range(n):
+                job = &self.jobs[i]
+                (<GradientTally>job.group).measure_copy(
+                    <Tally>job.tally, <Copy>job.copy, job.spectra, columns, &self.heads[i]
+                )
+        norms = (b"".join(self.weight_norms), b"".join(self.update_norms))
+        self.taken, self.weight_norms, self.update_norms = [], [], []
+        if columns.no_memory:
+            for measured in taken:
+                (<GradientTally>measured.group.tally).tally = None
+            raise MemoryError
+        for measured in taken:
+            measured.room.append(measured.copy)
+        joined = [
+            PyBytes_FromStringAndSize(columns.column[i].data, columns.column[i].size) for i in range(COLUMNS)
+        ]
+        return PyBytes_FromStringAndSize(<char *>self.heads, n * sizeof(Head)), (*joined, *norms)
 
 
 cdef void add_totals(Totals *to, const Totals *more) noexcept nogil:

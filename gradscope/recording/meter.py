@@ -42,7 +42,7 @@ class GroupMeter:
 
     def __init__(self, numels: Sequence[int], dtypes: Sequence[str]) -> None:
         self._tensors = len(numels)
-        self._tally = GradientTally(numels, dtypes)
+        self.tally = GradientTally(numels, dtypes)
 
     def measure(self, pointers: list[int], spectra: int) -> Measurement:
         """The tensors at these addresses, 0 where there is no gradient.
@@ -54,20 +54,20 @@ class GroupMeter:
 
     def pack(self, pointers: list[int], spectra: int) -> PackedMeasurement:
         """The same, as a trace is written from it."""
-        data, of_group, of_tensors = self._tally.measure(pointers, spectra)
+        data, of_group, of_tensors = self.tally.measure(pointers, spectra)
         return PackedMeasurement(data, self._tensors, spectra, of_group, of_tensors)
 
 
 class CopiedGradients:
     """Small gradients, copied in a few microseconds, to be measured by whoever writes them: see ``Meter.take``."""
 
-    __slots__ = ("_copy", "_group", "_room", "_spectra")
+    __slots__ = ("copy", "group", "room", "spectra")
 
     def __init__(self, group: GroupMeter, copy: Copy, room: list[Copy], spectra: int) -> None:
-        self._group = group
-        self._copy = copy
-        self._room = room
-        self._spectra = spectra
+        self.group = group
+        self.copy = copy
+        self.room = room
+        self.spectra = spectra
 
     def ready(self) -> bool:
         """Always."""
@@ -75,8 +75,8 @@ class CopiedGradients:
 
     def result(self) -> PackedMeasurement:
         """The measurement; once, and by one thread at a time for all of a group."""
-        packed = self._group.pack(self._copy.pointers, self._spectra)
-        self._room.append(self._copy)
+        packed = self.group.pack(self.copy.pointers, self.spectra)
+        self.room.append(self.copy)
         return packed
 
 

@@ -39,6 +39,7 @@ from gradscope.trace.schema import Detail, LintFinding, RecordedGroup, RecordedT
 
 if TYPE_CHECKING:
     from gradscope.recording.settings import RecordSettings
+    from gradscope.trace.pending_rows import PackedRows
     from gradscope.trace.writer import TraceWriter
 
 
@@ -115,7 +116,8 @@ class Recorder:
         self._names = ParameterNames()
         self._writer: TraceWriter | None = None
         self._groups: dict[tuple[WatchedGroup, ...], int] = {}
-        self._rows = RowQueue(self._write)
+        # To stop at a step, its row has to be looked at.
+        self._rows = RowQueue(self._write, self._write_plain if self._stop_on is None else None)
         self._recorded = 0
         self._last_step = -1
         self._lint = ClipLint(self._metadata.findings, self._changed)
@@ -202,7 +204,7 @@ class Recorder:
     def _drain(self) -> None:
         """In the writer's thread, where an error would be seen by nobody."""
         try:
-            self._rows.drain_old()
+            self._rows.drain()
         except Exception as error:  # noqa: BLE001
             self._watcher.stop()
             self.failed(error)
@@ -219,9 +221,18 @@ class Recorder:
             self._writer = self._open()
         self._look_at(row, call)
         self._writer.append(row)
-        if self._writer.error is not None:
+        self._end_if_failed(self._writer)
+
+    def _write_plain(self, rows: PackedRows) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        self._writer.extend(rows)
+        self._end_if_failed(self._writer)
+
+    def _end_if_failed(self, writer: TraceWriter) -> None:
+        if writer.error is not None:
             self._watcher.stop()
-            self._say(f"recording stopped after {self._recorded} steps: {self._writer.error}")
+            self._say(f"recording stopped after {self._recorded} steps: {writer.error}")
             self._close()
 
     def _open(self) -> TraceWriter:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from gradscope._meter import RowBatch
 from gradscope.recording.clip_calls import ClipCall
+from gradscope.recording.meter import CopiedGradients
 from gradscope.recording.scalars import take_down
 from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement, Row, unpacked
+from gradscope.trace.pending_rows import PackedRows
 
-# One after the other, rows are made in a third of the time that each takes between the operations of a training step.
-AT_A_TIME = 32
-LONGEST_WAIT = 0.1
+# Of rows that the writer's thread has not come to, so many wait before the training thread writes them itself.
+MOST_WAITING = 4096
+# Rows that are measured at once.
+AT_ONCE = 1024
+# Dtypes in which a total norm can lie on the other side of max_norm than the exact one.
+COARSE = (torch.bfloat16, torch.float16)
 # Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
 HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement, PackedMeasurement})
 
 
-@dataclass(eq=False, slots=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     step: int
     group: int
     call: ClipCall
@@ -38,40 +42,53 @@ class _Waiting:
 
 
 class RowQueue:
-    """Hands rows to ``write`` in the order they came in, when told to: many at a time cost less than one by one."""
+    """Hands rows on in the order they came in, when told to.
 
-    def __init__(self, write: Callable[[Row, ClipCall], None]) -> None:
+    Those of copied gradients with nothing special to them go to ``extend``, many at a time and measured without holding
+    training up; the others to ``write``, one by one.
+    """
+
+    def __init__(
+        self, write: Callable[[Row, ClipCall], None], extend: Callable[[PackedRows], None] | None = None
+    ) -> None:
+        """Without ``extend`` all go to ``write``."""
         self._write = write
-        self._waiting: deque[_Waiting] = deque()
+        self._extend = extend
+        self._waiting: deque[tuple[int, int, ClipCall, Any, list[Any]]] = deque()
         self._draining = threading.Lock()
+        self._batch = RowBatch(CopiedGradients, np.ndarray, COARSE, AT_ONCE)
 
     def put(self, step: int, group: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
         """Take in a row."""
-        taken = take_down(stepped) if isinstance(stepped, Tensor) else stepped
-        self._waiting.append(_Waiting(step, group, call, taken, update_norms))
-        if len(self._waiting) >= AT_A_TIME:
+        if isinstance(stepped, Tensor):
+            stepped = take_down(stepped)
+        self._waiting.append((step, group, call, stepped, update_norms))
+        if len(self._waiting) >= MOST_WAITING:
             self.drain()
 
     def drain(self) -> None:
         """Write the rows that are there, up to the first that a device still works on."""
         with self._draining:
-            while self._waiting and self._waiting[0].ready():
+            self._write_plain()
+            while self._waiting and _Waiting(*self._waiting[0]).ready():
                 self._write_first()
-
-    def drain_old(self) -> None:
-        """The same, if nobody has for a while: training is slow, or does something else."""
-        first = self._waiting[0] if self._waiting else None
-        if first is not None and time.time() - first.call.time > LONGEST_WAIT:
-            self.drain()
+                self._write_plain()
 
     def finish(self) -> None:
         """Write all rows, and wait for those that a device still works on."""
         with self._draining:
+            self._write_plain()
             while self._waiting:
                 self._write_first()
+                self._write_plain()
+
+    def _write_plain(self) -> None:
+        if self._extend is not None:
+            while self._batch.gather(self._waiting):
+                self._extend(PackedRows(*self._batch.measured()))
 
     def _write_first(self) -> None:
-        row = self._waiting.popleft()
+        row = _Waiting(*self._waiting.popleft())
         self._write(_row(row), row.call)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,25 @@ _LENGTH_OF = {
     "weight_norm": "weight",
     "update_norm": "update",
 }
+
+
+# The list columns as ``PackedRows`` holds them.
+PACKED_COLUMNS = (
+    *("sum_squares", "max_abs", "zeros", "nan", "inf", "tensor_bin_counts"),
+    *("group_count", "group_mean", "group_spread", "group_code"),
+    *("tensor_count", "tensor_mean", "tensor_spread", "tensor_code"),
+    *("weight_norm", "update_norm"),
+)
+
+
+class PackedRows(NamedTuple):
+    """Many rows as the kernel hands them over: ``heads`` laid out as ``_HEAD``, the lists of each column in one piece.
+
+    ``columns`` are in the order of ``PACKED_COLUMNS``.
+    """
+
+    heads: bytes
+    columns: tuple[bytes, ...]
 
 
 class PendingRows:
@@ -99,6 +118,12 @@ class PendingRows:
         if update_norm is not None:
             lists["update_norm"].extend(update_norm)
         self.heads += head
+
+    def extend(self, rows: PackedRows) -> None:
+        """Take in many rows at once."""
+        for name, column in zip(PACKED_COLUMNS, rows.columns, strict=True):
+            self.lists[name] += column
+        self.heads += rows.heads
 
     def _append_packed(self, row: Row, packed: PackedMeasurement) -> None:
         lists, weight_norm, update_norm = self.lists, row.weight_norm, row.update_norm

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gradscope.trace.columns import arrow_schema
 from gradscope.trace.measurement import Row
 from gradscope.trace.metadata_json import metadata_to_json
-from gradscope.trace.pending_rows import PendingRows
+from gradscope.trace.pending_rows import PackedRows, PendingRows
 from gradscope.trace.schema import TraceMetadata, metadata_name, stream_name
 
 if TYPE_CHECKING:
@@ -81,10 +81,21 @@ class TraceWriter:
             if self._stream is None or self.error is not None:
                 return
             self._pending.append(row)
-            # Only a disk that is slower than training can let so much wait.
-            if self._flushing.locked() and self._pending.nbytes > MOST_PENDING_BYTES:
-                self.error = f"the disk is too slow: {MOST_PENDING_BYTES >> 20} MiB wait to be written"
-                self._pending = PendingRows()
+            self._look_at_pending()
+
+    def extend(self, rows: PackedRows) -> None:
+        """The same, of many rows at once."""
+        with self._lock:
+            if self._stream is None or self.error is not None:
+                return
+            self._pending.extend(rows)
+            self._look_at_pending()
+
+    def _look_at_pending(self) -> None:
+        # Only a disk that is slower than training can let so much wait.
+        if self._flushing.locked() and self._pending.nbytes > MOST_PENDING_BYTES:
+            self.error = f"the disk is too slow: {MOST_PENDING_BYTES >> 20} MiB wait to be written"
+            self._pending = PendingRows()
 
     def metadata_changed(self) -> None:
         """Write the metadata as it is now, before any row that is appended from here on."""
