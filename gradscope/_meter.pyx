@@ -892,7 +892,8 @@ cdef enum:
     TENSOR_BIN_COUNTS = 5
     GROUP_COUNT = 6  # then mean, spread, code
     TENSOR_COUNT = 10  # the same
-    COLUMNS = 14
+    HEADS = 14
+    COLUMNS = 15
 
 
 cdef struct Grown:
@@ -1154,146 +1155,189 @@ cdef struct Job:
     int spectra
 
 
-cdef class RowBatch:
-    """Rows of copied gradients, measured all at once without holding up other threads.
+cdef class TakenRows:
+    """Rows to be measured; what they borrow is held by the lists."""
 
-    ``copied`` is the type of a measurement that is still a ``Copy`` (with ``copy``, ``group.tally``, ``room`` and
-    ``spectra``), ``array`` that of norms, ``coarse`` are the dtypes whose total norm has to be looked at.  Not to be
-    shared between threads.
-    """
-
-    cdef object copied, array
-    cdef tuple coarse
-    cdef list taken, weight_norms, update_norms
     cdef Head *heads
     cdef Job *jobs
+    cdef Py_ssize_t held
+    cdef list groups, copies, rooms, weight_norms, update_norms
+
+    def __cinit__(self, Py_ssize_t most):
+        self.heads = <Head *>malloc(most * sizeof(Head))
+        self.jobs = <Job *>malloc(most * sizeof(Job))
+        self.groups, self.copies, self.rooms, self.weight_norms, self.update_norms = [], [], [], [], []
+        if not (self.heads and self.jobs):
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.heads)
+        free(self.jobs)
+
+
+cdef class RowBatch:
+    """Rows of copied gradients, up to ``most``, to be measured all at once without holding up other threads.
+
+    ``copied`` is the type of a measurement that is still a ``Copy`` (with ``copy``, ``group.tally``, ``room`` and
+    ``spectra``), ``array`` that of norms, ``coarse`` are the dtypes whose total norm has to be looked at.  Rows may be
+    taken in while others are measured, but no two threads may ``measure`` or ``hand_over`` at a time.
+    """
+
+    cdef type copied, array
+    cdef tuple coarse
+    cdef TakenRows taken, spare
+    cdef list weight_norms, update_norms
     cdef Py_ssize_t most
     cdef Columns columns
 
-    def __cinit__(self, copied, array, tuple coarse not None, Py_ssize_t most):
+    def __cinit__(self, type copied not None, type array not None, tuple coarse not None, Py_ssize_t most):
         self.copied = copied
         self.array = array
         self.coarse = coarse
         self.most = most
-        self.taken, self.weight_norms, self.update_norms = [], [], []
+        self.taken, self.spare = TakenRows(most), TakenRows(most)
+        self.weight_norms, self.update_norms = [], []
         memset(&self.columns, 0, sizeof(Columns))
-        self.heads = <Head *>malloc((most + 1) * sizeof(Head))
-        self.jobs = <Job *>malloc((most + 1) * sizeof(Job))
-        if not (self.heads and self.jobs):
-            raise MemoryError
 
     def __dealloc__(self):
         cdef int i
         for i in range(COLUMNS):
             free(self.columns.column[i].data)
-        free(self.heads)
-        free(self.jobs)
 
-    def gather(self, waiting):
-        """Takes rows off the left of the deque ``waiting`` while they are plain and there is room; how many it holds.
+    @property
+    def full(self):
+        """Whether it takes no more before the next ``measure``."""
+        return self.taken.held >= self.most
 
-        A row is ``(step, group, call, stepped, update_norms)``.  It is plain if everything in it has arrived, nothing
-        is infinite, and it has one part.
+    def take(self, int64_t step, int32_t group, call, stepped, list update_norms not None):
+        """Whether it takes this row in: it has one part, everything of it has arrived, and nothing is infinite.
+
+        Compiled, and at once: what another thread would look at later, it would wait for.
         """
-        popleft = waiting.popleft
-        while len(self.taken) < self.most and waiting and self.take(waiting[0]):
-            popleft()
-        return len(self.taken)
-
-    cdef bint take(self, tuple row) except -1:
-        cdef Py_ssize_t at = len(self.taken)
-        cdef Head *head = self.heads + at
-        cdef int present = 0
+        cdef TakenRows taken = self.taken
+        cdef Head *head = taken.heads + taken.held
+        cdef Job *job = taken.jobs + taken.held
+        cdef list parts = call.parts, weight_norms = call.weight_norms
         cdef GradientTally tally
         cdef Copy copy
-        step, group, call, stepped, update_norms = row
-        parts, returned, total_norm, weight_norms = call.parts, call.returned, call.total_norm, call.weight_norms
-        if len(parts) != 1 or not (returned is None or type(returned) is float):
+        cdef list room
+        cdef double value
+        if taken.held >= self.most or len(parts) != 1 or len(weight_norms) > 1 or len(update_norms) > 1:
             return False
-        if not (stepped is None or stepped is True or stepped is False):
-            return False
-        measured = parts[0][1]
+        measured = (<tuple>parts[0])[1]
         if type(measured) is not self.copied:
             return False
+        head.present = 0
+        if stepped is not None:
+            if stepped is not True and stepped is not False:
+                return False
+            head.present = 48 if stepped is True else 16
+        number, total_norm = call.returned, call.total_norm
+        head.returned_norm = 0.0
+        if number is not None:
+            if type(number) is not float:
+                return False
+            value = number
+            if value - value != 0.0:
+                return False
+            head.returned_norm = value
+            head.present |= 8
         if total_norm is not None and type(total_norm) is not float and total_norm.dtype in self.coarse:
             return False
-        if len(weight_norms) + len(update_norms):
-            if len(weight_norms) > 1 or len(update_norms) > 1:
+        for norms in weight_norms:
+            if type(norms) is not self.array:
                 return False
-            for norms in (*weight_norms, *update_norms):
-                if type(norms) is not self.array:
-                    return False
-        if returned is not None:
-            head.returned_norm = returned
-            if head.returned_norm - head.returned_norm != 0.0:
+        for norms in update_norms:
+            if type(norms) is not self.array:
                 return False
-            present = 8
-        else:
-            head.returned_norm = 0.0
         head.step, head.group, head.time, head.grad_scale = step, group, call.time, call.grad_scale
         head.max_norm = head.clip_value = head.norm_type = 0.0
-        value = call.max_norm
-        if value is not None:
-            head.max_norm = value
-            present |= 1
-        value = call.clip_value
-        if value is not None:
-            head.clip_value = value
-            present |= 2
-        value = call.norm_type
-        if value is not None:
-            head.norm_type = value
-            present |= 4
-        if stepped is not None:
-            present |= 48 if stepped is True else 16
-        head.present = present
-        copy, tally = measured.copy, measured.group.tally
+        number = call.max_norm
+        if number is not None:
+            head.max_norm = number
+            head.present |= 1
+        number = call.clip_value
+        if number is not None:
+            head.clip_value = number
+            head.present |= 2
+        number = call.norm_type
+        if number is not None:
+            head.norm_type = number
+            head.present |= 4
+        copy, tally, room = measured.copy, measured.group.tally, measured.room
         if tally.tensors != copy.tensors:
             raise ValueError(f"a copy of {copy.tensors} tensors for {tally.tensors}")
-        if tally.tally is None:
-            tally.tally = Tally(tally.tensors)
-        self.jobs[at] = Job(<void *>tally, <void *>tally.tally, <void *>copy, measured.spectra)
+        job.group, job.copy, job.spectra = <void *>tally, <void *>copy, measured.spectra
         head.weight = head.update = 0
-        if weight_norms:
-            head.weight = len(weight_norms[0])
-            self.weight_norms.append(weight_norms[0])
-        if update_norms:
-            head.update = len(update_norms[0])
-            self.update_norms.append(update_norms[0])
-        self.taken.append(measured)
+        for norms in weight_norms:
+            head.weight = len(norms)
+        for norms in update_norms:
+            head.update = len(norms)
+        taken.groups.append(tally)
+        taken.copies.append(copy)
+        taken.rooms.append(room)
+        taken.weight_norms += weight_norms
+        taken.update_norms += update_norms
+        taken.held += 1
         return True
 
-    def measured(self):
-        """``(heads, columns)`` of the rows it holds, as bytes, and holds them no more.
+    def measure(self):
+        """Measures the rows that it has taken in, and gives their copies back."""
+        cdef TakenRows rows = self.taken
+        cdef GradientTally group
+        cdef Columns *columns = &self.columns
+        cdef Job *job
+        cdef char *heads
+        cdef Py_ssize_t i, n = rows.held
+        if n == 0:
+            return
+        self.taken, self.spare = self.spare, rows
+        for i in range(n):
+            group = <GradientTally>rows.jobs[i].group
+            if group.tally is None:
+                group.tally = Tally(group.tensors)
+            rows.jobs[i].tally = <void *>group.tally
+        with nogil:
+            for i in range(n):
+                job = rows.jobs + i
+                (<GradientTally>job.group).measure_copy(
+                    <Tally>job.tally, <Copy>job.copy, job.spectra, columns, rows.heads + i
+                )
+            heads = more(&columns.column[HEADS], n * sizeof(Head))
+            if heads:
+                memcpy(heads, rows.heads, n * sizeof(Head))
+            else:
+                columns.no_memory = True
+        for i in range(n):
+            (<list>rows.rooms[i]).append(rows.copies[i])
+        self.weight_norms += rows.weight_norms
+        self.update_norms += rows.update_norms
+        if columns.no_memory:
+            for i in range(n):
+                (<GradientTally>rows.groups[i]).tally = None
+        for held in (rows.groups, rows.copies, rows.rooms, rows.weight_norms, rows.update_norms):
+            (<list>held).clear()
+        rows.held = 0
+
+    def hand_over(self):
+        """``(heads, columns)`` of the rows measured so far, as bytes; None where there are none.
 
         The columns are sum_squares, max_abs, zeros, nan, inf, tensor_bin_counts; count, mean, spread and code of the
         groups' bins, then of the tensors'; weight_norm and update_norm.
         """
-        cdef Py_ssize_t i, n = len(self.taken)
-        cdef list taken = self.taken, joined
         cdef Columns *columns = &self.columns
-        cdef const Job *job
-        columns.no_memory = False
+        cdef Py_ssize_t i
+        cdef list found
+        if columns.no_memory:
+            raise MemoryError
+        if columns.column[HEADS].size == 0:
+            return None
+        found = [PyBytes_FromStringAndSize(columns.column[i].data, columns.column[i].size) for i in range(COLUMNS)]
+        norms = (b"".join(self.weight_norms), b"".join(self.update_norms))
+        self.weight_norms, self.update_norms = [], []
         for i in range(COLUMNS):
             columns.column[i].size = 0
-        with nogil:
-            for i in range(n):
-                job = &self.jobs[i]
-                (<GradientTally>job.group).measure_copy(
-                    <Tally>job.tally, <Copy>job.copy, job.spectra, columns, &self.heads[i]
-                )
-        norms = (b"".join(self.weight_norms), b"".join(self.update_norms))
-        self.taken, self.weight_norms, self.update_norms = [], [], []
-        if columns.no_memory:
-            for measured in taken:
-                (<GradientTally>measured.group.tally).tally = None
-            raise MemoryError
-        for measured in taken:
-            measured.room.append(measured.copy)
-        joined = [
-            PyBytes_FromStringAndSize(columns.column[i].data, columns.column[i].size) for i in range(COLUMNS)
-        ]
-        return PyBytes_FromStringAndSize(<char *>self.heads, n * sizeof(Head)), (*joined, *norms)
+        return found[HEADS], (*found[:HEADS], *norms)
 
 
 cdef void add_totals(Totals *to, const Totals *more) noexcept nogil:

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
     from gradscope.recording.settings import RecordSettings
     from gradscope.trace.pending_rows import PackedRows
     from gradscope.trace.writer import TraceWriter
+
+
+COMPILED_NOTE = (
+    "torch.compile compiled parts of this run: a clip call inside them is not seen, and what it clipped is recorded as "
+    "clipped."
+)
 
 
 class Recorder:
@@ -116,6 +123,7 @@ class Recorder:
         self._names = ParameterNames()
         self._writer: TraceWriter | None = None
         self._groups: dict[tuple[WatchedGroup, ...], int] = {}
+        self._numbers: dict[str, list[int]] = {}
         # To stop at a step, its row has to be looked at.
         self._rows = RowQueue(self._write, self._write_plain if self._stop_on is None else None)
         self._recorded = 0
@@ -168,6 +176,8 @@ class Recorder:
         self._interception = None
         self._watcher.finish()
         self._rows.finish()
+        if _compiled_something() and any(group.function is None for group in self._metadata.groups):
+            self._metadata.notes.append(COMPILED_NOTE)
         for watch in self._watcher.optimizers():
             self._note_unused(watch)
         self._close()
@@ -201,10 +211,10 @@ class Recorder:
         if self._writer is None or self._stop_on is not None:
             self._rows.drain()
 
-    def _drain(self) -> None:
+    def _in_background(self, work: Callable[[], None]) -> None:
         """In the writer's thread, where an error would be seen by nobody."""
         try:
-            self._rows.drain()
+            work()
         except Exception as error:  # noqa: BLE001
             self._watcher.stop()
             self.failed(error)
@@ -243,7 +253,8 @@ class Recorder:
         if self._launched is not None:
             metadata.extra["launch"] = self._launched.launch
         self.path, writer = open_trace(self.path, metadata, self._force)
-        writer.before_flush = self._drain
+        writer.at_times = partial(self._in_background, self._rows.measure)
+        writer.before_flush = partial(self._in_background, self._rows.drain)
         # Registered after the writer's own, and so before it: the end is still to be written down.
         atexit.register(self.stop)
         return writer
@@ -334,11 +345,13 @@ class Recorder:
 
     def _define(self, tensor: RecordedTensor) -> int:
         """The number of a tensor; one that takes the place of another of its name and shape takes its number too."""
-        for number, known in enumerate(self._metadata.tensors):
-            if known == tensor:
+        of_that_name = self._numbers.setdefault(tensor.name, [])
+        for number in of_that_name:
+            if self._metadata.tensors[number] == tensor:
                 return number
+        of_that_name.append(len(self._metadata.tensors))
         self._metadata.tensors.append(tensor)
-        return len(self._metadata.tensors) - 1
+        return of_that_name[-1]
 
     def _group_of(self, call: ClipCall) -> int:
         """The number of the trace's group for ``call``, which gets one when it is first recorded."""
@@ -351,9 +364,11 @@ class Recorder:
 
     def _define_group(self, parts: tuple[WatchedGroup, ...], call: ClipCall) -> int:
         tensors = [tensor for group in parts for tensor in group.tensors]
-        for number, known in enumerate(self._metadata.groups):
+        for others, number in self._groups.items():
+            known = self._metadata.groups[number]
+            same = known.tensors == tensors and known.function == call.function and known.call_site == call.where
             # A model that was built again at the same place goes on under its name.
-            if known.tensors == tensors and known.function == call.function and known.call_site == call.where:
+            if same and not any(group.alive for group in others):
                 return number
         watch, clipped_before = parts[0].watch, parts[0].watch.after_clipping if parts[0].watch else None
         self._metadata.groups.append(
@@ -392,6 +407,12 @@ class Recorder:
         unused = [watch.unused[i] for i in watch.never if i in watch.unused]
         if unused:
             self._lint.unused(watch.name, unused, self._last_step)
+
+
+def _compiled_something() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["stats"].get("unique_graphs"))
 
 
 def _is_coarse(total_norm: Any) -> bool:

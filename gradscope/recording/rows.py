@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +19,17 @@ from gradscope.recording.scalars import take_down
 from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement, Row, unpacked
 from gradscope.trace.pending_rows import PackedRows
 
-# Of rows that the writer's thread has not come to, so many wait before the training thread writes them itself.
-MOST_WAITING = 4096
-# Rows that are measured at once.
-AT_ONCE = 1024
+# More of either do not wait for the writer's thread: copied gradients, and other rows.
+MOST_COPIED = 4096
+MOST_WAITING = 256
 # Dtypes in which a total norm can lie on the other side of max_norm than the exact one.
 COARSE = (torch.bfloat16, torch.float16)
 # Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
 HERE = frozenset({type(None), bool, int, float, np.ndarray, Measurement, PackedMeasurement})
 
 
-class _Waiting(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Waiting:
     step: int
     group: int
     call: ClipCall
@@ -54,41 +55,53 @@ class RowQueue:
         """Without ``extend`` all go to ``write``."""
         self._write = write
         self._extend = extend
-        self._waiting: deque[tuple[int, int, ClipCall, Any, list[Any]]] = deque()
+        # All of the batch are older than those that wait.
+        self._batch = RowBatch(CopiedGradients, np.ndarray, COARSE, MOST_COPIED)
+        self._waiting: deque[_Waiting] = deque()
         self._draining = threading.Lock()
-        self._batch = RowBatch(CopiedGradients, np.ndarray, COARSE, AT_ONCE)
 
     def put(self, step: int, group: int, call: ClipCall, stepped: Any, update_norms: list[Any]) -> None:
         """Take in a row."""
-        if isinstance(stepped, Tensor):
+        if stepped is not True and isinstance(stepped, Tensor):
             stepped = take_down(stepped)
-        self._waiting.append((step, group, call, stepped, update_norms))
-        if len(self._waiting) >= MOST_WAITING:
-            self.drain()
+        if self._waiting or self._extend is None or not self._batch.take(step, group, call, stepped, update_norms):
+            self._waiting.append(_Waiting(step, group, call, stepped, update_norms))
+            if len(self._waiting) >= MOST_WAITING or self._batch.full:
+                self.drain()
+
+    def measure(self) -> None:
+        """Measure what was copied; the copies are free then."""
+        with self._draining:
+            self._batch.measure()
 
     def drain(self) -> None:
         """Write the rows that are there, up to the first that a device still works on."""
         with self._draining:
-            self._write_plain()
-            while self._waiting and _Waiting(*self._waiting[0]).ready():
+            # A row that comes in meanwhile may be older than those behind it, and wait in the batch.
+            for _ in range(self._write_copied()):
+                if not self._waiting[0].ready():
+                    break
                 self._write_first()
-                self._write_plain()
 
     def finish(self) -> None:
         """Write all rows, and wait for those that a device still works on."""
         with self._draining:
-            self._write_plain()
-            while self._waiting:
+            for _ in range(self._write_copied()):
                 self._write_first()
-                self._write_plain()
+            self._write_copied()
 
-    def _write_plain(self) -> None:
+    def _write_copied(self) -> int:
+        """Write those of the batch; how many of the others may follow at once."""
+        behind = len(self._waiting)
         if self._extend is not None:
-            while self._batch.gather(self._waiting):
-                self._extend(PackedRows(*self._batch.measured()))
+            self._batch.measure()
+            measured = self._batch.hand_over()
+            if measured is not None:
+                self._extend(PackedRows(*measured))
+        return behind
 
     def _write_first(self) -> None:
-        row = _Waiting(*self._waiting.popleft())
+        row = self._waiting.popleft()
         self._write(_row(row), row.call)
 
 

@@ -22,7 +22,7 @@ from gradscope.trace.schema import TraceMetadata, metadata_name, stream_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# How often rows that are still to be made are asked for: so often that their memory is still warm.
+# How often rows may be measured that are still to be: so often that their memory is still warm.
 TICK_SECONDS = 0.05
 # What may wait for a disk that has stopped taking anything.
 MOST_PENDING_BYTES = 256 << 20
@@ -47,7 +47,8 @@ class TraceWriter:
         Raises FileExistsError where this rank has a stream already, and OSError where the files cannot be made.
         """
         self.error: str | None = None
-        # Called by the writing thread every TICK_SECONDS, for rows that are made only then.
+        # Called by the writing thread: every TICK_SECONDS, and before it writes, for rows that are made only then.
+        self.at_times: Callable[[], None] | None = None
         self.before_flush: Callable[[], None] | None = None
         self.path = directory / stream_name(metadata.rank)
         self._metadata = metadata
@@ -135,9 +136,12 @@ class TraceWriter:
     def _flush_every(self, seconds: float) -> None:
         due = time.monotonic() + seconds
         while not self._ended.wait(TICK_SECONDS):
-            if self.before_flush is not None:
-                self.before_flush()
-            if time.monotonic() >= due:
+            if time.monotonic() < due:
+                if self.at_times is not None:
+                    self.at_times()
+            else:
+                if self.before_flush is not None:
+                    self.before_flush()
                 self.flush()
                 due = time.monotonic() + seconds
 
