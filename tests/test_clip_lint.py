@@ -118,7 +118,7 @@ def test_clipping_twice(tmp_path: Any) -> None:
     model = network()
     recorded = loop(tmp_path, model, lambda: (clip(model.parameters(), 1.0), clip(list(model.parameters()), 0.5)))
     assert finding(recorded, "clipped-twice")["count"] == 5
-    assert [row["max_norm"] for row in recorded.rows] == [1.0] * 5
+    assert [row["max_norm"] for row in recorded.rows] == [0.5] * 5
 
 
 def test_clip_that_leaves_parameters_out(tmp_path: Any) -> None:
@@ -209,3 +209,10 @@ def test_a_framework_that_clips_before_is_said(tmp_path: Any) -> None:
     assert recorded.metadata["notes"] == [
         "DeepSpeed clips inside its own optimizer: what is recorded is after its clipping."
     ]
+
+
+def test_an_infinite_threshold_that_only_logs_the_norm_is_no_finding(tmp_path: Any) -> None:
+    model = network()
+    recorded = loop(tmp_path, model, lambda: (clip(model.parameters(), math.inf), clip(model.parameters(), 0.5)))
+    assert not recorded.metadata["findings"]
+    assert [row["max_norm"] for row in recorded.rows] == [0.5] * 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_ as bound_before
 from torch.nn.utils import get_total_norm
 
-from tests.recorded import Recorded, norm, record
+from gradscope.recording import naming
+from gradscope.recording.recorder import Recorder
+from tests.recorded import Recorded, norm, read_rows, record
 
 STEPS = 12
 
@@ -504,3 +507,136 @@ def test_complex_gradients_are_left_out_by_name(tmp_path: Any) -> None:
     assert recorded.metadata["notes"] == [
         "The gradient of phase is left out: it is complex64, and complex numbers are not measured."
     ]
+
+
+def test_clipping_parameter_by_parameter_names_them_at_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    alive = naming._alive
+    monkeypatch.setattr(naming, "_alive", lambda: looked.append(0) or alive())
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)))
+    training = Training(model, lambda m: [torch.nn.utils.clip_grad_norm_(p, 0.5) for p in m.parameters()])
+    recorded = record(tmp_path, training)
+    assert len(looked) == 1
+    assert recorded.names == [name for name, _ in model.named_parameters()]
+    assert len(recorded.rows) == 80 * STEPS
+    joint = [sum(norm(row) ** 2 for row in recorded.rows if row["step"] == step) ** 0.5 for step in range(STEPS)]
+    assert joint == pytest.approx(training.norms, rel=1e-6)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As in the wild: an optimizer around another."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, {})
+        self.base = base
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_an_optimizer_around_another(tmp_path: Any, model: nn.Module, with_closure: bool) -> None:
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.01))
+    training = Training(model, None, optimizer)
+
+    def train() -> None:
+        for _ in range(STEPS):
+            if not with_closure:
+                training.backward()
+                training.norms.append(float64_norm(model.parameters()))
+            optimizer.step(closure if with_closure else None)
+
+    def closure() -> torch.Tensor:
+        loss = training.backward()
+        training.norms.append(float64_norm(model.parameters()))
+        return loss
+
+    recorded = record(tmp_path, train)
+    assert [row["step"] for row in recorded.rows] == list(range(STEPS))
+    assert [norm(row) for row in recorded.rows] == pytest.approx(training.norms, rel=1e-6)
+
+
+def test_trainings_in_threads_lose_no_row(tmp_path: Any) -> None:
+    trainings = [Training(nn.Linear(4, 2), by_attribute) for _ in range(3)]
+
+    def train() -> None:
+        threads = [threading.Thread(target=training) for training in trainings]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    recorded = record(tmp_path, train)
+    expected = sorted(x for training in trainings for x in training.norms)
+    assert sorted(norm(row) for row in recorded.rows) == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_that_cannot_be_seen(tmp_path: Any, model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    training = Training(model, by_attribute, optimizer)
+    recorded = record(tmp_path, training)
+    assert [norm(row) for row in recorded.rows] == pytest.approx(training.norms, rel=1e-6)
+    assert {row["max_norm"] for row in recorded.rows} == {0.5}
+
+
+def test_trainings_one_after_the_other_share_no_step(tmp_path: Any) -> None:
+    trainings = [Training(nn.Linear(4, 2), by_attribute) for _ in range(3)]
+    recorded = record(tmp_path, lambda: [training() for training in trainings])
+    assert [row["step"] for row in recorded.rows] == list(range(3 * STEPS))
+
+
+def test_two_passes_of_one_step_are_two_groups(tmp_path: Any, model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    norms: list[list[float]] = [[], []]
+    # fmt: off
+    passes = [lambda: bound_before(model.parameters(), 0.5), lambda: bound_before(model.parameters(), 0.5)]
+    # fmt: on
+
+    def train() -> None:
+        for _ in range(STEPS):
+            for i in (0, 1):
+                model.zero_grad()
+                (model(torch.randn(16, 4)).pow(2).sum() * (i + 1)).backward()
+                norms[i].append(float64_norm(model.parameters()))
+                passes[i]()
+            optimizer.step()
+
+    recorded = record(tmp_path, train)
+    names = [group["name"] for group in recorded.metadata["groups"]]
+    assert len(set(names)) == 2
+    assert [[norm(row) for row in recorded.group_rows(name)] for name in names] == [
+        pytest.approx(norms[0], rel=1e-6),
+        pytest.approx(norms[1], rel=1e-6),
+    ]
+
+
+def test_recorders_may_end_in_any_order(tmp_path: Any, model: nn.Module) -> None:
+    cell = bound_before.__closure__[0]
+    implementation, scaler_step = cell.cell_contents, torch.amp.GradScaler.step
+    first, second = (Recorder(tmp_path / f"{name}.gradscope", quiet=True) for name in ("first", "second"))
+    training = Training(model, by_attribute)
+    first.start()
+    second.start()
+    training()
+    first.stop()
+    training()
+    second.stop()
+    assert cell.cell_contents is implementation
+    assert torch.amp.GradScaler.step is scaler_step
+    assert [norm(row) for row in read_rows(first.path)] == pytest.approx(training.norms[:STEPS], rel=1e-6)
+    rows = read_rows(second.path)
+    assert [norm(row) for row in rows] == pytest.approx(training.norms, rel=1e-6)
+    assert {row["max_norm"] for row in rows} == {0.5}
+
+
+def test_what_is_clipped_in_compiled_code_is_said_to_be(tmp_path: Any, model: nn.Module) -> None:
+    parameters = list(model.parameters())
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def clip() -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, 0.25, foreach=False)
+
+    recorded = record(tmp_path, Training(model, lambda _: clip()))
+    assert "torch.compile compiled parts of this run" in recorded.metadata["notes"][0]

@@ -56,8 +56,8 @@ class ClipCall:
         return any(group.watch is watch or not watch.ids.isdisjoint(group.members) for group, _ in self.parts)
 
     def combine(self, max_norm: float | None, clip_value: Any) -> None:
-        """A second clip of the same gradient: by value after by norm, or the other way round; what it met stands."""
-        if self.max_norm is None:
+        """A second clip of the same gradient: what the first met stands, and the smaller limit is in force."""
+        if self.max_norm is None or (max_norm is not None and max_norm < self.max_norm):
             self.max_norm = max_norm
         if self.clip_value is None and clip_value is not None:
             self.clip_value = float(clip_value)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from gradscope.recording.clip_calls import ClipCall
     from gradscope.recording.meter import Meter
     from gradscope.recording.optimizers import OptimizerWatch
     from gradscope.recording.updates import UpdateNorms
@@ -28,8 +29,9 @@ class WatchedGroup:
 
     ``kept`` are the positions of those that are recorded (None: all), ``names`` and ``tensors`` their names and numbers
     in the trace's metadata.  ``smallest`` is the position of the smallest parameter, whose gradient tells cheaply
-    whether anything changed; ``used`` is that gradient when it was clipped last on the fast path.  ``site`` is what the
-    book tells the group by.  ``owned``: some optimizer that was alive at first sight updates them.
+    whether anything changed; ``used`` is that gradient when it was clipped last on the fast path.  ``waiting`` are
+    calls that no optimizer has used.  ``site`` is what the book tells the group by.  ``owned``: some optimizer updates
+    them.
     """
 
     function: str | None
@@ -46,6 +48,7 @@ class WatchedGroup:
     site: Hashable = None
     watch: OptimizerWatch | None = None
     used: Witness | None = None
+    waiting: list[ClipCall] = field(default_factory=list)
     positions: dict[int, int] = field(default_factory=dict)
     updates: UpdateNorms | None = None
 
@@ -61,6 +64,11 @@ class WatchedGroup:
             for parameter in parameters:
                 found[self.positions[id(parameter)]] = parameter.grad
         return found if self.kept is None else [found[position] for position in self.kept]
+
+    @property
+    def alive(self) -> bool:
+        """Whether any of its parameters is."""
+        return any(ref() is not None for ref in self.refs)
 
     def remember(self, parameters: Sequence[Tensor]) -> None:
         """Hold ``parameters`` weakly, after those held already."""
@@ -105,22 +113,23 @@ class GroupBook:
         self._new = new
         self._grow = grow
         self._at: dict[Hashable, list[WatchedGroup]] = {}
+        # By site and first parameter: a loop that clips every parameter by itself makes many groups at one site.
+        self._beginning: dict[Hashable, list[WatchedGroup]] = {}
 
     def clipped(self, parameters: list[Tensor], frame: FrameType | None, function: str) -> tuple[WatchedGroup, bool]:
         """The group of a clip call in ``frame``, and whether its parameters are all of the group's, in its order."""
         key = None if frame is None else (frame.f_code, frame.f_lasti)
-        here = self._at.get(key)
-        return self._known(here, parameters) or self._met(key, parameters, frame, function)
+        return self._known(key, parameters) or self._met(key, parameters, frame, function)
 
     def unclipped(
         self, parameters: list[Tensor], key: Hashable, frame: Callable[[], FrameType | None]
     ) -> tuple[WatchedGroup, bool]:
         """The group of what an optimizer, told by ``key``, updates without clipping; ``frame`` finds where it steps."""
-        return self._known(self._at.get(key), parameters) or self._met(key, parameters, frame(), None)
+        return self._known(key, parameters) or self._met(key, parameters, frame(), None)
 
-    def _known(self, here: list[WatchedGroup] | None, parameters: list[Tensor]) -> tuple[WatchedGroup, bool] | None:
+    def _known(self, key: Hashable, parameters: list[Tensor]) -> tuple[WatchedGroup, bool] | None:
         ids = list(map(id, parameters))
-        for group in here or ():
+        for group in self._beginning.get((key, ids[0]), ()):
             if group.ids == ids and group.refs[0]() is parameters[0] and group.refs[-1]() is parameters[-1]:
                 return group, True
         return None
@@ -142,6 +151,7 @@ class GroupBook:
         group = self._new(parameters, frame, function, call_site(frame))
         group.site = key
         here.append(group)
+        self._beginning.setdefault((key, ids[0]), []).append(group)
         return group, True
 
 

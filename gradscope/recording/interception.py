@@ -27,6 +27,34 @@ _PASSED_OVER = frozenset({"torch.nn.utils.clip_grad", "torch.utils._contextlib",
 _STEPPING = ("torch.optim", "torch.utils._contextlib", "gradscope.recording")
 
 
+class _Wrapped:
+    """One function of torch inside the wrappers of all recorders that are attached, which may leave in any order."""
+
+    def __init__(self, original: Any, put: Callable[[Any], None]) -> None:
+        self.layers: list[Callable[[Any], Any]] = []
+        self._original = original
+        self._put = put
+
+    def add(self, wrap: Callable[[Any], Any]) -> None:
+        """Put one more wrapper around the others."""
+        self.layers.append(wrap)
+        self._put_on()
+
+    def take_off(self, wrap: Callable[[Any], Any]) -> None:
+        """Take one away; the others stay."""
+        self.layers.remove(wrap)
+        self._put_on()
+
+    def _put_on(self) -> None:
+        function = self._original
+        for wrap in self.layers:
+            function = wrap(function)
+        self._put(function)
+
+
+_WRAPPED: dict[Any, _Wrapped] = {}
+
+
 class Interception:
     """Feeds a ``Watcher``; ``install`` and ``remove`` may each be called once."""
 
@@ -59,29 +87,34 @@ class Interception:
             register_post_import_hook(self._intercept_fsdp, "torch.distributed.fsdp.fully_sharded_data_parallel")
 
     def remove(self) -> None:
-        """Detach: torch is as it was before ``install``."""
+        """Detach: torch is as it was before ``install``, but for other recorders that are attached."""
         while self._undo:
             self._undo.pop()()
 
     def _exchange(self, module: Any, name: str, function: Any, wrap: Callable[[Any], Any]) -> None:
         cell = _implementation_cell(function)
         if cell is not None:
-            original = cell.cell_contents
-            cell.cell_contents = wrap(original)
-            self._undo.append(functools.partial(_restore_cell, cell, original))
+            self._wrap(id(cell), cell.cell_contents, functools.partial(setattr, cell, "cell_contents"), wrap)
             return
         # A torch whose function is no closure: every module that bound its name is told of the replacement.
-        replacement = wrap(function)
         for bound in list(sys.modules.values()):
             for bound_name, value in list(getattr(bound, "__dict__", {}).items()):
                 if value is function:
-                    setattr(bound, bound_name, replacement)
-                    self._undo.append(functools.partial(setattr, bound, bound_name, function))
+                    self._wrap((id(bound), bound_name), function, functools.partial(setattr, bound, bound_name), wrap)
 
     def _replace_method(self, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-        original = getattr(owner, name)
-        setattr(owner, name, wrap(original))
-        self._undo.append(functools.partial(setattr, owner, name, original))
+        self._wrap((id(owner), name), getattr(owner, name), functools.partial(setattr, owner, name), wrap)
+
+    def _wrap(self, place: Any, current: Any, put: Callable[[Any], None], wrap: Callable[[Any], Any]) -> None:
+        wrapped = _WRAPPED.setdefault(place, _Wrapped(current, put))
+        wrapped.add(wrap)
+
+        def undo() -> None:
+            wrapped.take_off(wrap)
+            if not wrapped.layers:
+                del _WRAPPED[place]
+
+        self._undo.append(undo)
 
     def _clip_grad_norm(self, original: Any) -> Any:
         watcher = self._watcher
@@ -248,10 +281,6 @@ def _implementation_cell(function: Any) -> Any:
         return None
     cells = [cell for cell in function.__closure__ if callable(cell.cell_contents)]
     return cells[0] if len(cells) == 1 else None
-
-
-def _restore_cell(cell: Any, original: Any) -> None:
-    cell.cell_contents = original
 
 
 def _as_list(parameters: Any) -> list[Tensor]:

@@ -65,23 +65,34 @@ class ParameterNames:
         modules, optimizers = _alive()
         owned = _owned_by_roots(modules)
         wanted = {id(parameter) for parameter in parameters}
+        optimized = set().union(*map(parameter_ids, optimizers))
         self._optimized -= wanted
-        self._optimized |= wanted & set().union(*map(parameter_ids, optimizers))
+        self._optimized |= wanted & optimized
         outer = list(_scopes(frame))
         several = _owners(owned, _trained_here(wanted, optimizers, outer)) > 1
         # A parameter of several roots is named by the one that owns most of those asked for.
         owned.sort(key=lambda pair: (-len(wanted & pair[1].keys()), len(pair[1])))
+        for root, names in owned:
+            if not wanted.isdisjoint(names):
+                # All of a root at once: its other parameters may be clipped one by one.
+                self._spell_root(root, names, self._prefix(root, outer) if several else None)
+                self._optimized |= names.keys() & optimized
         spelled = []
         for position, parameter in enumerate(parameters):
-            root, name = next(((r, names[id(parameter)]) for r, names in owned if id(parameter) in names), (None, ""))
-            if root is None:
-                name = _variable(lambda value, p=parameter: value is p, outer) or f"param[{position}]"
-            elif several:
-                prefix = self._prefix(root, outer)
-                self._sizes[prefix] = next(len(names) for r, names in owned if r is root)
-                name = f"{prefix}.{name}"
-            spelled.append(self._take(name, parameter))
+            name = self.known(parameter)
+            if name is None:
+                found = _variable(lambda value, p=parameter: value is p, outer)
+                name = self._take(found or f"param[{position}]", parameter)
+            spelled.append(name)
         return spelled
+
+    def _spell_root(self, root: nn.Module, names: dict[int, str], prefix: str | None) -> None:
+        for parameter in root.parameters():
+            if self.known(parameter) is None:
+                name = names[id(parameter)]
+                self._take(name if prefix is None else f"{prefix}.{name}", parameter)
+        if prefix is not None:
+            self._sizes[prefix] = len(names)
 
     def _prefix(self, root: nn.Module, outer: list[Any]) -> str:
         known = self._prefixes.get(id(root))

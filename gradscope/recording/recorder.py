@@ -124,6 +124,7 @@ class Recorder:
         self._writer: TraceWriter | None = None
         self._groups: dict[tuple[WatchedGroup, ...], int] = {}
         self._numbers: dict[str, list[int]] = {}
+        self._graphs_before = _graphs_compiled()
         # To stop at a step, its row has to be looked at.
         self._rows = RowQueue(self._write, self._write_plain if self._stop_on is None else None)
         self._recorded = 0
@@ -176,7 +177,7 @@ class Recorder:
         self._interception = None
         self._watcher.finish()
         self._rows.finish()
-        if _compiled_something() and any(group.function is None for group in self._metadata.groups):
+        if _graphs_compiled() > self._graphs_before and any(group.function is None for group in self._metadata.groups):
             self._metadata.notes.append(COMPILED_NOTE)
         for watch in self._watcher.optimizers():
             self._note_unused(watch)
@@ -409,10 +410,10 @@ class Recorder:
             self._lint.unused(watch.name, unused, self._last_step)
 
 
-def _compiled_something() -> bool:
-    """Whether torch.compile has compiled anything in this process."""
+def _graphs_compiled() -> int:
+    """How many graphs torch.compile has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["stats"].get("unique_graphs"))
+    return 0 if dynamo is None else int(dynamo.counters["stats"].get("unique_graphs", 0))
 
 
 def _is_coarse(total_norm: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ from gradscope.recording.scalars import take_down
 from gradscope.recording.steady import STEPS_TO_BELIEVE, SteadyStep
 
 INFINITY = float("inf")
+# An optimizer that joins after so many steps of the others is taken for the beginning of another training.
+STEPS_ALONE = 8
+# A group clipped so often without a step has no optimizer that can be seen.
+CLIPS_WITHOUT_STEP = 8
 # Finds the line that steps an optimizer; looked for only where it is new.
 FrameFinder = Callable[[], FrameType | None]
 
@@ -59,8 +63,8 @@ class Watcher:
         self._local = _Depth()
         self._lock = threading.RLock()
         self._calls: dict[WatchedGroup, ClipCall] = {}
+        self._witnessed: dict[int, ClipCall] = {}
         self._optimizers: dict[int, OptimizerWatch] = {}
-        self._stepping: list[OptimizerWatch | None] = []
         self._stepped: list[OptimizerWatch] = []
 
     def watching(self) -> bool:
@@ -119,7 +123,7 @@ class Watcher:
             or watch.never
             or watch.normalises
             or self._calls
-            or self._stepping
+            or self._local.stepping
             or self._stepped != [watch]
             or not all(call.steady and call.parts[0][0].kept is None for call in calls)
             or watch.rest(tuple([group.members for group in groups]))
@@ -168,20 +172,20 @@ class Watcher:
             step = self.step + 1 if watch is not None and watch.round == self.step else self.step
             if clip_value is not None or (limit is not None and not 0.0 < limit < INFINITY):
                 self._look_at_threshold(limit, clip_value, where, step, group)
-            for same in self._calls.values():
-                if same.witness is not None and not same.consumers and same.witness.confirms(group):
-                    if same.function == function:
-                        self._lint.twice(function, where, step, self._name(group))
-                    same.combine(limit, clip_value)
-                    return same
+            same = self._same_gradient(group)
+            if same is not None:
+                if same.function == function and same.max_norm != INFINITY:
+                    self._lint.twice(function, where, step, self._name(group))
+                same.combine(limit, clip_value)
+                return same
             for used in (watch,) if watch is not None else self._optimizers.values():
                 for witness in used.used:
                     if witness.confirms(group):
                         self._lint.after_step(function, where, step, self._name(group))
                         return None
             earlier = self._calls.get(group)
-            if earlier is not None and not earlier.consumers and not group.owned:
-                self._finish([earlier], self._round_of(group), None)
+            if earlier is not None and not earlier.consumers:
+                self._unused(group, earlier)
             call = ClipCall(
                 function,
                 where,
@@ -202,6 +206,23 @@ class Watcher:
             self._calls[group] = call
             return call
 
+    def _unused(self, group: WatchedGroup, call: ClipCall) -> None:
+        """A call whose gradient no optimizer has used before the next: of an accumulated gradient, or of one that
+
+        something else uses, which is not seen: an optimizer that is not torch's, or steps in compiled code.
+        """
+        if group.watch is not None and group.watch.finished:
+            return
+        group.waiting.append(call)
+        if not group.owned or len(group.waiting) >= CLIPS_WITHOUT_STEP:
+            group.owned = False
+            self._write_unused(group)
+
+    def _write_unused(self, group: WatchedGroup) -> None:
+        waiting, group.waiting = group.waiting, []
+        for call in waiting:
+            self._finish([call], self._round_of(group), None)
+
     def after_clip(self, call: ClipCall, total_norm: Any) -> None:
         """Take down what the clip call returned."""
         if total_norm is not None and call.function != "clip_grads_with_norm_":
@@ -209,6 +230,17 @@ class Watcher:
             call.returned = take_down(total_norm)
         group = call.parts[-1][0]
         call.witness = Witness.of(group.refs[group.smallest]())
+        self._witnessed[group.ids[group.smallest]] = call
+
+    def _same_gradient(self, group: WatchedGroup) -> ClipCall | None:
+        """The call that has clipped this very gradient already."""
+        calls: Iterable[ClipCall | None] = self._calls.values()
+        if len(self._calls) > len(group.ids):
+            calls = map(self._witnessed.get, group.ids)
+        for call in calls:
+            if call is not None and call.witness and not call.consumers and call.witness.confirms(group):
+                return call
+        return None
 
     def _next_step(self, group: WatchedGroup) -> int:
         watch = group.watch
@@ -223,7 +255,8 @@ class Watcher:
     def _look_at_threshold(
         self, limit: float | None, clip_value: Any, where: str, step: int, group: WatchedGroup
     ) -> None:
-        if limit is not None and not 0.0 < limit < INFINITY:
+        # An infinite one is told when nothing else has clipped before the step: it is a way to log the norm.
+        if limit is not None and not 0.0 < limit <= INFINITY:
             self._lint.threshold(limit, "max_norm", where, step, self._name(group))
         if clip_value is not None and not 0.0 < float(clip_value) < INFINITY:
             self._lint.threshold(float(clip_value), "clip_value", where, step, self._name(group))
@@ -279,14 +312,14 @@ class Watcher:
 
     def _evaluated(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
-            watch = self._stepping[-1] if self._stepping else None
-            if watch is not None and watch.ref() is optimizer and not watch.captured:
-                self._capture(watch, optimizer)
+            for watch in self._local.stepping:
+                if watch is not None and watch.ref() is optimizer and not watch.captured:
+                    self._capture(watch, optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer`` has stepped, or a fused one has decided not to."""
         with self._lock:
-            watch = self._stepping.pop() if self._stepping else None
+            watch = self._local.stepping.pop() if self._local.stepping else None
             if watch is None or watch.ref() is not optimizer or not watch.captured:
                 return
             found_inf = getattr(optimizer, "found_inf", None)
@@ -334,12 +367,12 @@ class Watcher:
         """Begin a step; None where it is part of one of an optimizer around this one."""
         watch = self._watch(optimizer)
         inner = False
-        if self._stepping:
-            if watch in self._stepping:
+        if self._local.stepping:
+            if watch in self._local.stepping:
                 # Its last step ended in an exception.
-                del self._stepping[self._stepping.index(watch) :]
-            inner = any(outer is not None and not outer.ids.isdisjoint(watch.ids) for outer in self._stepping)
-        self._stepping.append(None if inner else watch)
+                del self._local.stepping[self._local.stepping.index(watch) :]
+            inner = any(outer is not None and not outer.ids.isdisjoint(watch.ids) for outer in self._local.stepping)
+        self._local.stepping.append(None if inner else watch)
         watch.captured = False
         watch.frame = frame
         return None if inner else watch
@@ -381,6 +414,8 @@ class Watcher:
     def _settle(self, call: ClipCall, watch: OptimizerWatch, step: int) -> None:
         for group, _ in call.parts:
             group.watch = watch
+            group.owned = True
+            group.waiting.clear()
         if watch.normalises and call.max_norm is not None:
             self._lint.normalised(watch.name, call.where, step, self._name(call.parts[0][0]))
 
@@ -401,7 +436,7 @@ class Watcher:
 
     def _conclude(self, watch: OptimizerWatch, stepped: Any) -> None:
         """The step of ``watch`` is over: its rows go out."""
-        if watch.round == self.step or (not watch.finished and self._all_gone()):
+        if watch.round == self.step or (not watch.finished and self._another_training()):
             self.step += 1
             self._stepped.clear()
         self._stepped.append(watch)
@@ -419,11 +454,20 @@ class Watcher:
                 # A call over several optimizers waits for the others.
                 if group.members <= watch.ids or call.function is None:
                     self._calls.pop(group, None)
+                    self._witnessed.pop(group.ids[group.smallest], None)
+            if call.max_norm == INFINITY:
+                group = call.parts[0][0]
+                self._lint.threshold(INFINITY, "max_norm", call.where, self.step, self._name(group))
         self.steady = self._steady_after(watch, calls, stepped)
 
-    def _all_gone(self) -> bool:
-        """Whether the optimizers of this step are no more: then another training has begun."""
-        return bool(self._stepped) and all(watch.ref() is None for watch in self._stepped)
+    def _another_training(self) -> bool:
+        """Whether an optimizer that steps for the first time begins a training, and no part of one under way.
+
+        It does if the optimizers of this step are no more, or have done without it for a while.
+        """
+        return bool(self._stepped) and all(
+            watch.ref() is None or watch.finished >= STEPS_ALONE for watch in self._stepped
+        )
 
     def _round_of(self, group: WatchedGroup) -> int:
         """The step of a gradient that no torch optimizer uses: one per clip call."""
@@ -450,8 +494,11 @@ class Watcher:
         with self._lock:
             waiting = [call for call in dict.fromkeys(self._calls.values()) if not call.consumers]
             for call in waiting:
-                if not any(group.owned for group, _ in call.parts):
-                    self._finish([call], self._round_of(call.parts[0][0]), None)
+                group = call.parts[0][0]
+                # One clip that waits for its step is cut off; several are a training whose steps are not seen.
+                if not group.owned or group.waiting:
+                    group.waiting.append(call)
+                    self._write_unused(group)
             self._calls.clear()
             self.stop()
 
@@ -462,10 +509,11 @@ class Watcher:
 
 
 class _Depth(threading.local):
-    """How deep this thread is inside a clip call."""
+    """How deep this thread is inside clip calls, and the optimizers in whose steps it is (None: part of an outer's)."""
 
     def __init__(self) -> None:
         self.depth = 0
+        self.stepping: list[OptimizerWatch | None] = []
 
     def __enter__(self) -> None:
         self.depth += 1
