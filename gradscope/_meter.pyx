@@ -9,6 +9,7 @@ are the exact first and second moment of a bin.  Types of 16 bits and fewer go b
 What is stored of the fine bins, and in which code, ``emit_bins`` decides; ``gradscope.trace.bins`` reads it.
 """
 
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.math cimport NAN, sqrt
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -1147,6 +1148,35 @@ cdef class GradientTally(Tensors):
         return data, of_group, of_tensors
 
 
+cdef class Memory:
+    """A piece of memory that bytes can be read from."""
+
+    cdef char *data
+    cdef Py_ssize_t size
+
+    def __dealloc__(self):
+        free(self.data)
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data if self.data else <char *>&NOTHING, self.size, 1, flags)
+
+
+cdef double NOTHING = 0.0
+
+
+cdef Memory handed_over(Grown *grown):
+    """What has grown, which begins anew."""
+    cdef Memory memory = Memory()
+    memory.data = grown.data
+    memory.size = grown.size
+    grown.data = NULL
+    grown.size = grown.room = 0
+    return memory
+
+
 cdef struct Job:
     # Borrowed: a GradientTally, its Tally, and a Copy of its tensors.
     void *group
@@ -1320,7 +1350,7 @@ cdef class RowBatch:
         rows.held = 0
 
     def hand_over(self):
-        """``(heads, columns)`` of the rows measured so far, as bytes; None where there are none.
+        """``(heads, columns)`` of the rows measured so far, to be read as bytes; None where there are none.
 
         The columns are sum_squares, max_abs, zeros, nan, inf, tensor_bin_counts; count, mean, spread and code of the
         groups' bins, then of the tensors'; weight_norm and update_norm.
@@ -1332,12 +1362,149 @@ cdef class RowBatch:
             raise MemoryError
         if columns.column[HEADS].size == 0:
             return None
-        found = [PyBytes_FromStringAndSize(columns.column[i].data, columns.column[i].size) for i in range(COLUMNS)]
+        found = [handed_over(&columns.column[i]) for i in range(COLUMNS)]
         norms = (b"".join(self.weight_norms), b"".join(self.update_norms))
         self.weight_norms, self.update_norms = [], []
-        for i in range(COLUMNS):
-            columns.column[i].size = 0
         return found[HEADS], (*found[:HEADS], *norms)
+
+
+cdef extern from *:
+    """
+    #ifndef ARROW_C_DATA_INTERFACE
+    #define ARROW_C_DATA_INTERFACE
+    /* https://arrow.apache.org/docs/format/CDataInterface.html */
+    struct ArrowArray {
+        int64_t length, null_count, offset, n_buffers, n_children;
+        const void **buffers;
+        struct ArrowArray **children;
+        struct ArrowArray *dictionary;
+        void (*release)(struct ArrowArray *);
+        void *private_data;
+    };
+    #endif
+    """
+    struct ArrowArray:
+        int64_t length
+        int64_t null_count
+        int64_t offset
+        int64_t n_buffers
+        int64_t n_children
+        const void **buffers
+        ArrowArray **children
+        ArrowArray *dictionary
+        void (*release)(ArrowArray *) noexcept nogil
+        void *private_data
+
+
+cdef void release_array(ArrowArray *array) noexcept nogil:
+    """The memory is an ``ArrowRows``'s."""
+    cdef int64_t i
+    for i in range(array.n_children):
+        if array.children[i].release:
+            array.children[i].release(array.children[i])
+    array.release = NULL
+
+
+cdef class ArrowRows:
+    """Rows as Arrow's C data interface has them: all columns in one go.
+
+    ``heads`` are the rows, each ``row_bytes`` long, with an int32 of flags at ``flags``.  A column is ``(name,
+    itemsize, offset, present, values)``.  Without ``values`` it is a number that lies at ``offset`` of a row, or with
+    ``itemsize`` 0 a bool, the bit ``offset`` of the flags; null where ``present`` is not 0 and not in the flags.  With
+    ``values`` it is a list, whose length (int32) lies at ``offset``; all its items are in ``values``.
+
+    Whoever reads ``address`` shares this object's memory and must be done with it first.
+
+    Raises ValueError where there are not as many values as the lengths say.
+    """
+
+    cdef char *memory
+    cdef size_t used
+    cdef ArrowArray *array
+    cdef list views
+
+    def __init__(self, const uint8_t[::1] heads not None, Py_ssize_t row_bytes, Py_ssize_t flags, list columns not None):
+        cdef Py_ssize_t n = heads.shape[0] // row_bytes, count = len(columns), i
+        cdef const char *rows = <const char *>&heads[0] if n else <const char *>&NOTHING
+        # Of a column: its array and that of its items, their buffers and children, numbers, and which are null.
+        cdef size_t each = 2 * (sizeof(ArrowArray) + 64) + 4 * 64 + (8 * n + 72) + (n // 8 + 64)
+        if self.memory:
+            raise ValueError("made already")
+        self.memory = <char *>calloc(sizeof(ArrowArray) + 8 * count + 256 + count * each, 1)
+        if not self.memory:
+            raise MemoryError
+        self.views = []
+        self.array = self.new_array(n, 1, count)
+        for i in range(count):
+            name, itemsize, offset, present, values = columns[i]
+            if values is None:
+                self.array.children[i] = self.numbers(rows, n, row_bytes, flags, itemsize, offset, present)
+            else:
+                self.array.children[i] = self.lists(rows, n, row_bytes, itemsize, offset, values, name)
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    @property
+    def address(self):
+        """Where the ``ArrowArray`` lies."""
+        return <size_t>self.array
+
+    cdef char *place(self, size_t size) noexcept nogil:
+        cdef size_t at = self.used
+        self.used += (size + 63) & ~63
+        return self.memory + at
+
+    cdef ArrowArray *new_array(self, int64_t length, int64_t buffers, int64_t children) noexcept nogil:
+        cdef ArrowArray *array = <ArrowArray *>self.place(sizeof(ArrowArray))
+        array.length = length
+        array.n_buffers = buffers
+        array.n_children = children
+        array.buffers = <const void **>self.place(buffers * sizeof(void *))
+        array.children = <ArrowArray **>self.place(children * sizeof(void *)) if children else NULL
+        array.release = release_array
+        return array
+
+    cdef ArrowArray *numbers(
+        self, const char *rows, Py_ssize_t n, Py_ssize_t row_bytes, Py_ssize_t flags, int itemsize, int offset, int present
+    ) noexcept nogil:
+        cdef ArrowArray *array = self.new_array(n, 2, 0)
+        cdef char *numbers = self.place(8 * n + 8)
+        cdef char *valid = self.place(n // 8 + 1)
+        cdef Py_ssize_t i
+        cdef int32_t held
+        for i in range(n):
+            memcpy(&held, rows + i * row_bytes + flags, 4)
+            if itemsize == 0:
+                numbers[i >> 3] |= (held >> offset & 1) << (i & 7)
+            else:
+                memcpy(numbers + i * itemsize, rows + i * row_bytes + offset, itemsize)
+            if held & present or not present:
+                valid[i >> 3] |= 1 << (i & 7)
+            else:
+                array.null_count += 1
+        array.buffers[0] = valid if array.null_count else NULL
+        array.buffers[1] = numbers
+        return array
+
+    cdef ArrowArray *lists(
+        self, const char *rows, Py_ssize_t n, Py_ssize_t row_bytes, Py_ssize_t itemsize, int offset, values, name
+    ) except NULL:
+        cdef const uint8_t[::1] view = values
+        cdef ArrowArray *array = self.new_array(n, 2, 1)
+        cdef int32_t *starts = <int32_t *>self.place(4 * n + 4)
+        cdef Py_ssize_t i
+        cdef int32_t length
+        for i in range(n):
+            memcpy(&length, rows + i * row_bytes + offset, 4)
+            starts[i + 1] = starts[i] + length
+        if view.shape[0] != starts[n] * itemsize:
+            raise ValueError(f"{name} holds {view.shape[0] / itemsize:g} values of {starts[n]}")
+        array.buffers[1] = starts
+        array.children[0] = self.new_array(starts[n], 2, 0)
+        array.children[0].buffers[1] = <const void *>&view[0] if starts[n] else <const void *>&NOTHING
+        self.views.append(values)
+        return array
 
 
 cdef void add_totals(Totals *to, const Totals *more) noexcept nogil:

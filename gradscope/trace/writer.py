@@ -172,7 +172,7 @@ class TraceWriter:
                 os.ftruncate(self._stream, self._written)
 
     def _write_rows(self, stream: int, pending: PendingRows) -> None:
-        self._write(stream, pending.to_batch(self._schema).serialize())
+        self._write(stream, pending.serialized(self._schema))
 
     def _write(self, stream: int, message: pa.Buffer | bytes) -> None:
         rest = memoryview(message)
