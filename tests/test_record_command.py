@@ -277,4 +277,4 @@ def test_a_killed_training_is_told_with_the_steps_that_it_holds(work: Path) -> N
     assert done.returncode == -9
     line = done.stderr.splitlines()[0]
     assert line.startswith("Recorded 4 updates") or line.startswith("Recorded 5 updates")
-    assert line.endswith("it is cut off: the process was killed")
+    assert line.endswith("it is cut off: the command was killed by SIGKILL")

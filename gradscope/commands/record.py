@@ -121,26 +121,28 @@ def record(
             quiet=quiet,
         )
         code = run_command(program, command, recorded_environment(settings, os.environ))
-        _say_what_was_recorded(settings)
+        _say_what_was_recorded(settings, code)
     return end_like(code)
 
 
-def _say_what_was_recorded(settings: RecordSettings) -> None:
+def _say_what_was_recorded(settings: RecordSettings, code: int) -> None:
     from gradscope.recording import outcome
     from gradscope.recording.settings import STOPPED
 
     traces = outcome.launched_traces(settings)
-    if not traces:
-        _say(f"gradscope: {outcome.why_nothing_was_recorded(settings)}")
+    left = [trace for trace in traces if not outcome.removed(trace)]
+    if not left:
+        _say(f"gradscope: {outcome.why_nothing_was_recorded(settings, bool(traces), code)}")
     for trace in traces:
-        if not settings.quiet:
-            _say(outcome.summary(trace))
+        if trace in left and not settings.quiet:
+            _say(outcome.summary(trace, code))
         for finding in trace.metadata.findings:
             _say(f"warning: {finding.message}")
-    if traces and (why := settings.note(STOPPED)) is not None:
+    if left and (why := settings.note(STOPPED)) is not None:
         _say(f"warning: {why}")
-    if traces and not settings.quiet:
-        _say(outcome.next_command(traces[0]))
+    readable = next((trace for trace in left if trace.steps), None)
+    if readable is not None and not settings.quiet:
+        _say(outcome.next_command(readable))
 
 
 def _say(line: str) -> None:

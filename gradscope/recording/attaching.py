@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gradscope.errors import GradscopeError
-from gradscope.recording.settings import STEPPED, STOPPED, TORCH_IMPORTED, RecordSettings
+from gradscope.recording.settings import NOTHING, STOPPED, TORCH_IMPORTED, RecordSettings
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,8 +54,8 @@ def _attach(settings: RecordSettings, torch: ModuleType) -> None:
 
 def _stop(recorder: Recorder, settings: RecordSettings) -> None:
     recorder.stop()
-    if recorder.optimizers_stepped and not recorder.steps:
-        settings.leave_note(STEPPED)
+    if recorder.optimizers_stepped and (why := recorder.why_nothing_was_recorded) is not None:
+        settings.leave_note(NOTHING, why)
 
 
 def _recorder(settings: RecordSettings) -> Recorder:

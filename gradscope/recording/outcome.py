@@ -5,70 +5,91 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradscope.errors import GradscopeError
 from gradscope.notation import count
-from gradscope.recording.settings import NOT_INSTALLED, STEPPED, STOPPED, TORCH_IMPORTED, RecordSettings
+from gradscope.recording.nothing_recorded import NO_STEP_SEEN, NOT_WHERE_IT_CAN_BE_SEEN
+from gradscope.recording.settings import MADE, NOT_INSTALLED, NOTHING, STOPPED, TORCH_IMPORTED, RecordSettings
+from gradscope.recording.trace_files import remove_if_empty, steps_on_disk
 from gradscope.trace.metadata_json import metadata_from_json
 from gradscope.trace.schema import METADATA_FILE, TraceMetadata
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedTrace:
-    """A trace that a process of the command made."""
+    """A trace that a process of the command made, and the steps that can be read back."""
 
     path: Path
     metadata: TraceMetadata
+    steps: int
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still being recorded."""
+        return self.metadata.ended is None and _alive(self.metadata.pid)
 
 
 def launched_traces(settings: RecordSettings) -> list[LaunchedTrace]:
-    """The traces of this launch: ``NAME.gradscope``, and ``NAME-2.gradscope``… of further processes."""
+    """The traces of this launch: ``NAME.gradscope``, then ``NAME-2.gradscope``… of further processes."""
     base = Path(settings.path)
-    beside = base.parent.glob(f"{glob.escape(base.stem)}*{base.suffix}")
-    traces = [
-        trace for path in beside if (trace := _read(path)) and trace.metadata.extra.get("launch") == settings.launch
-    ]
-    return sorted(traces, key=lambda trace: trace.metadata.started)
+    number = re.compile(rf"{re.escape(base.stem)}(?:-(\d+))?{re.escape(base.suffix)}")
+    beside = {}
+    for path in base.parent.glob(f"{glob.escape(base.stem)}*{base.suffix}"):
+        if match := number.fullmatch(path.name):
+            beside[int(match[1] or 1)] = path
+    return [trace for number in sorted(beside) if (trace := _read(beside[number], settings))]
 
 
-def _read(path: Path) -> LaunchedTrace | None:
+def _read(path: Path, settings: RecordSettings) -> LaunchedTrace | None:
     try:
-        return LaunchedTrace(path, metadata_from_json((path / METADATA_FILE).read_bytes(), str(path)))
+        metadata = metadata_from_json((path / METADATA_FILE).read_bytes(), str(path))
     except (OSError, GradscopeError):
         return None
+    if metadata.extra.get("launch") != settings.launch:
+        return None
+    # What was counted may not have been written.
+    counted = metadata.steps if settings.note(STOPPED) is None else None
+    return LaunchedTrace(path, metadata, counted if counted is not None else steps_on_disk(path))
 
 
-def summary(trace: LaunchedTrace) -> str:
-    """What was recorded, and where it is."""
+def removed(trace: LaunchedTrace) -> bool:
+    """Whether the trace held not a single step, and is no more."""
+    return not trace.steps and not trace.running and remove_if_empty(trace.path)
+
+
+def summary(trace: LaunchedTrace, code: int) -> str:
+    """What was recorded, and where it is; ``code`` is what ``run_command`` returned."""
     metadata = trace.metadata
-    updates = _several(metadata.steps if metadata.steps is not None else _steps_on_disk(trace.path), "update")
+    updates = _several(trace.steps, "update")
     groups = _several(len(metadata.groups), "clip group")
     tensors = _several(len(metadata.tensors), "tensor")
     line = f"Recorded {updates}, {groups}, {tensors}: {_shown(trace.path)} ({_size(_bytes_on_disk(trace.path))})"
     if metadata.ended is not None:
         return line
-    return f"{line}; it is {'still being recorded' if _alive(metadata.pid) else 'cut off: the process was killed'}"
+    return f"{line}; {'it is still being recorded' if trace.running else f'it is cut off: {_how_it_ended(code)}'}"
+
+
+def _how_it_ended(code: int) -> str:
+    """How a process ended that did not close its trace, as far as the end of the whole command shows it."""
+    if code < 0:
+        names = {known.value: known.name for known in signal.Signals}
+        return f"the command was killed by {names.get(-code, f'signal {-code}')}"
+    return "a process ended without closing its trace"
 
 
 def _bytes_on_disk(path: Path) -> int:
     total = 0
-    for file in path.iterdir():
-        # A trace that is still being recorded renames files.
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size
+    # A trace that is still being recorded renames files, and one may just have been moved away.
+    with contextlib.suppress(FileNotFoundError):
+        for file in path.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                total += file.stat().st_size
     return total
-
-
-def _steps_on_disk(path: Path) -> int:
-    from gradscope.trace.reader import RankTrace
-
-    try:
-        return len(set(RankTrace.open(path, 0).step.tolist()))
-    except GradscopeError:
-        return 0
 
 
 def next_command(trace: LaunchedTrace) -> str:
@@ -76,20 +97,22 @@ def next_command(trace: LaunchedTrace) -> str:
     return f"Next: gradscope inspect {shlex.quote(_shown(trace.path))}"
 
 
-def why_nothing_was_recorded(settings: RecordSettings) -> str:
-    """One line for a command that left no trace."""
-    if (why := settings.note(STOPPED)) is not None:
+def why_nothing_was_recorded(settings: RecordSettings, emptied: bool, code: int) -> str:
+    """One line for a command that left no trace; ``emptied``: what it left held not a single step."""
+    made = settings.note(MADE)
+    if made is not None and not emptied:
+        what = "cannot be read" if os.path.lexists(made) else "has disappeared: it was deleted or moved meanwhile"
+        return f"the trace {_shown(Path(made))} {what}"
+    if (why := settings.note(STOPPED) or settings.note(NOTHING)) is not None:
         return f"nothing was recorded: {why}"
-    if settings.note(STEPPED) is not None:
-        return "nothing was recorded: training ended before the first step to record"
+    if emptied:
+        return f"nothing was recorded: {_how_it_ended(code)}, before the first step was written"
     if settings.note(TORCH_IMPORTED) is not None:
-        return (
-            "no optimizer step was seen: no torch.optim optimizer stepped where it can be seen (not in torch.compile)"
-        )
+        return f"{NO_STEP_SEEN}: {NOT_WHERE_IT_CAN_BE_SEEN}"
     if (python := settings.note(NOT_INSTALLED)) is not None:
-        return f"no optimizer step was seen: {python} has no gradscope; install it there"
+        return f"{NO_STEP_SEEN}: {python} has no gradscope; install it there"
     return (
-        "no optimizer step was seen: no Python process imported torch, or it could not be followed "
+        f"{NO_STEP_SEEN}: no Python process imported torch, or it could not be followed "
         "(python -I, -E or -S; a script that sets PYTHONPATH anew)"
     )
 

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,16 @@ from gradscope.recording.interception import Interception
 from gradscope.recording.lint import ClipLint
 from gradscope.recording.meter import Meter
 from gradscope.recording.naming import ParameterNames
+from gradscope.recording.nothing_recorded import why_no_step
 from gradscope.recording.optimizers import OptimizerWatch
 from gradscope.recording.placement import describe, fsdp_shards, returned_is_partial
 from gradscope.recording.ranks import rank_and_world
+from gradscope.recording.recorder_options import name_globs, one_of, whole_number
 from gradscope.recording.rows import RowQueue
 from gradscope.recording.sampling import Sampling
-from gradscope.recording.trace_files import open_trace
+from gradscope.recording.settings import MADE, STOPPED
+from gradscope.recording.trace_files import open_trace, remove_if_empty, steps_on_disk
+from gradscope.recording.trace_names import recorder_trace
 from gradscope.recording.updates import UpdateNorms
 from gradscope.recording.watcher import Watcher
 from gradscope.trace.measurement import Measurement, Row, unpacked
@@ -79,7 +84,7 @@ class Recorder:
         quiet: bool = False,
         launched: RecordSettings | None = None,
     ) -> None:
-        """Record to the directory ``path`` (``.gradscope`` is added where it is missing).
+        """Record to the directory ``path`` (``.gradscope`` is added where it is missing), once.
 
         Every ``every``-th step from ``start`` on is recorded, at most ``max_steps`` of them; ``include`` are globs of
         tensor names.  ``detail`` is ``"default"`` (norms and group spectra at every step, tensor spectra at every
@@ -87,27 +92,22 @@ class Recorder:
         the first optimizer step that used NaN or Inf.  ``force`` replaces a trace of that name once a step is recorded.
         ``launched`` is what ``gradscope record`` passes on.
 
-        Raises GradscopeError for unusable options, and where ``path`` exists and ``force`` is not given.
+        Raises GradscopeError for unusable options, where ``path`` exists and ``force`` is not given, and where nothing
+        can be made there.
         """
-        path = Path(path)
-        self.path = path if path.suffix == ".gradscope" else path.with_name(f"{path.name}.gradscope")
-        if every < 1 or start < 0 or (max_steps is not None and max_steps < 1):
-            raise GradscopeError("Recorder", "every and max_steps must be at least 1, start at least 0")
-        if detail not in ("default", "full", "norms"):
-            raise GradscopeError(f"detail={detail!r}", "must be 'default', 'full' or 'norms'")
-        if stop_on not in (None, "nonfinite"):
-            raise GradscopeError(f"stop_on={stop_on!r}", "must be 'nonfinite' or None")
-        if launched is None and not force and os.path.lexists(self.path):
-            raise GradscopeError(str(self.path), "exists already", "force=True replaces it")
+        one_of("detail", detail, ("default", "full", "norms"))
+        one_of("stop_on", stop_on, (None, "nonfinite"))
+        self._sampling = Sampling(whole_number("every", every, 1), whole_number("start", start, 0), detail)
+        self._max_steps = None if max_steps is None else whole_number("max_steps", max_steps, 1)
+        self._include = name_globs(include)
+        self.path = recorder_trace(path, force) if launched is None else Path(launched.path)
         self._force = force
-        self._max_steps = max_steps
-        self._include = tuple(include) if include else None
         self._stop_on = stop_on
         self._quiet = quiet or launched is not None
         self._launched = launched
-        self._sampling = Sampling(every, start, detail)
         self._command = list(command) if command is not None else sys.orig_argv
         self._interception: Interception | None = None
+        self._started = False
         self._pid = os.getpid()
         self._begin()
 
@@ -122,6 +122,7 @@ class Recorder:
         )
         self._names = ParameterNames()
         self._writer: TraceWriter | None = None
+        self._ended_early: str | None = None
         self._groups: dict[tuple[WatchedGroup, ...], int] = {}
         self._numbers: dict[str, list[int]] = {}
         self._graphs_before = _graphs_compiled()
@@ -148,10 +149,23 @@ class Recorder:
         """Whether any optimizer has stepped, recorded or not."""
         return bool(self._watcher.optimizers())
 
+    @property
+    def why_nothing_was_recorded(self) -> str | None:
+        """One line; None where a step was recorded."""
+        if self._recorded:
+            return None
+        started = self._watcher.step >= self._sampling.start
+        named = bool(self._metadata.tensors)
+        return self._ended_early or why_no_step(self.optimizers_stepped, started, self._include, named)
+
     def start(self) -> None:
-        """Attach to torch; once."""
-        if self._interception is not None:
-            raise GradscopeError("Recorder", "was started already")
+        """Attach to torch.
+
+        Raises GradscopeError the second time: one recorder makes one recording.
+        """
+        if self._started:
+            raise GradscopeError(f"Recorder({self.path.name!r})", "records once", "make another Recorder")
+        self._started = True
         self._attach()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
@@ -183,8 +197,10 @@ class Recorder:
             self._note_unused(watch)
         self._close()
         if not self._quiet:
+            if self._ended_early is None and (why := self.why_nothing_was_recorded) is not None:
+                _tell(f"nothing was recorded: {why}")
             for finding in self._metadata.findings:
-                print(f"gradscope: {finding.message}", file=sys.stderr)
+                _tell(finding.message)
 
     def __enter__(self) -> Recorder:
         self.start()
@@ -243,7 +259,6 @@ class Recorder:
     def _end_if_failed(self, writer: TraceWriter) -> None:
         if writer.error is not None:
             self._watcher.stop()
-            self._say(f"recording stopped after {self._recorded} steps: {writer.error}")
             self._close()
 
     def _open(self) -> TraceWriter:
@@ -256,20 +271,37 @@ class Recorder:
         self.path, writer = open_trace(self.path, metadata, self._force)
         writer.at_times = partial(self._in_background, self._rows.measure)
         writer.before_flush = partial(self._in_background, self._rows.drain)
+        if self._launched is not None:
+            self._launched.leave_note(MADE, str(self.path))
         # Registered after the writer's own, and so before it: the end is still to be written down.
         atexit.register(self.stop)
         return writer
 
     def _close(self) -> None:
-        if self._writer is not None and self._metadata.ended is None:
-            self._metadata.ended = time.time()
-            self._metadata.steps = self._recorded
-            self._writer.close()
+        writer = self._writer
+        if writer is None or self._metadata.ended is not None:
+            return
+        self._metadata.ended = time.time()
+        # Not all of them were written if a write has failed.
+        self._metadata.steps = self._recorded if writer.error is None else None
+        writer.close()
+        if writer.error is not None and self._ended_early is None:
+            self._say(self._what_is_left(writer.error))
+
+    def _what_is_left(self, error: str) -> str:
+        """What a failed write has left; a trace without a step is not, unless its launcher is still to look at it."""
+        if not self.path.exists():
+            return f"recording stopped: {self.path} has disappeared"
+        steps = steps_on_disk(self.path)
+        if not steps and self._launched is None and self._metadata.world_size == 1:
+            remove_if_empty(self.path)
+        return f"recording stopped after {steps} of {self._recorded} steps: {error}"
 
     def _say(self, what: str) -> None:
+        self._ended_early = what
         if self._launched is not None:
-            self._launched.leave_note("stopped", what)
-        print(f"gradscope: {what}", file=sys.stderr, flush=True)
+            self._launched.leave_note(STOPPED, what)
+        _tell(what)
 
     def _changed(self) -> None:
         if self._writer is not None:
@@ -414,6 +446,13 @@ def _graphs_compiled() -> int:
     """How many graphs torch.compile has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else int(dynamo.counters["stats"].get("unique_graphs", 0))
+
+
+def _tell(what: str) -> None:
+    """A line on stderr, where anybody still listens."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(f"gradscope: {what}", file=sys.stderr, flush=True)
 
 
 def _is_coarse(total_norm: Any) -> bool:

@@ -14,7 +14,7 @@ from gradscope.trace.schema import Detail
 
 VARIABLE = "GRADSCOPE_RECORD"
 # Notes that a process may leave, told apart by their names.
-TORCH_IMPORTED, NOT_INSTALLED, STOPPED, STEPPED = "torch", "not-installed", "stopped", "stepped"
+TORCH_IMPORTED, NOT_INSTALLED, STOPPED, NOTHING, MADE = "torch", "not-installed", "stopped", "nothing", "made"
 # One variable holds at most 128 KiB, and a character takes up to 12 bytes in JSON.
 _MOST_COMMAND_CHARACTERS = 8_000
 

@@ -1,12 +1,15 @@
-"""Making the files of a trace when the first step is recorded, so that nothing half-made is left before."""
+"""The files of a trace: made when the first step is recorded, and removed where none was written."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradscope.errors import GradscopeError
 from gradscope.recording.trace_names import is_trace
 from gradscope.trace.schema import METADATA_FILE, TraceMetadata, stream_name
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from gradscope.trace.writer import TraceWriter
 
 MOST_TRACES = 10_000
+_OWN_FILE = re.compile(r"trace\.json|rank-\d{5}\.(arrows|json)|\..*\.tmp")
 
 
 def open_trace(path: Path, metadata: TraceMetadata, force: bool) -> tuple[Path, TraceWriter]:
@@ -38,6 +42,38 @@ def open_trace(path: Path, metadata: TraceMetadata, force: bool) -> tuple[Path, 
         except FileExistsError:
             continue
     raise FileExistsError(f"{path} and every numbered name beside it are taken")
+
+
+def steps_on_disk(path: Path) -> int:
+    """The steps that can be read back: those of the rank that holds the most."""
+    from gradscope.trace.reader import RankTrace
+
+    most = 0
+    for stream in path.glob("rank-*.arrows"):
+        with suppress(GradscopeError, ValueError):
+            most = max(most, len(set(RankTrace.open(path, int(stream.stem.removeprefix("rank-"))).step.tolist())))
+    return most
+
+
+def remove_if_empty(path: Path) -> bool:
+    """Remove a trace of which no rank has written a row, and that nobody writes to; whether it was one.
+
+    A directory that holds anything else stays.
+    """
+    from gradscope.trace.stream import RowStream
+
+    try:
+        entries = list(path.iterdir())
+        if not all(_OWN_FILE.fullmatch(entry.name) for entry in entries):
+            return False
+        if any(RowStream.open(entry).blocks for entry in entries if entry.suffix == ".arrows"):
+            return False
+        for entry in entries:
+            entry.unlink()
+        path.rmdir()
+    except (OSError, GradscopeError):
+        return False
+    return True
 
 
 def _belongs(directory: Path, metadata: TraceMetadata) -> bool:

@@ -19,17 +19,32 @@ def named_trace(name: str, force: bool) -> Path:
 
     Raises GradscopeError where something stands that ``force`` does not allow to replace, or nothing can be made.
     """
-    if not os.path.basename(os.path.normpath(name)).strip("."):
-        raise GradscopeError(f"-o {name}", "names no file")
-    path = Path(os.path.abspath(name if name.rstrip(os.sep).endswith(SUFFIX) else name.rstrip(os.sep) + SUFFIX))
     option = f"-o {name}"
+    path = _absolute(name, option)
     if os.path.lexists(path):
         if not is_trace(path):
             raise GradscopeError(option, "exists and is no recorded trace; it is not replaced")
         if not force:
             raise GradscopeError(option, "exists", "--force replaces it, once something is recorded")
-    _refuse_unwritable(path.parent, option)
+    _refuse_unwritable(path, option)
     return path
+
+
+def recorder_trace(path: str | os.PathLike[str], force: bool) -> Path:
+    """The absolute path for ``Recorder(path)``, which stays what it is when the working directory changes.
+
+    Raises GradscopeError where something stands that ``force`` does not allow to replace, or nothing can be made.
+    """
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        raise GradscopeError(f"Recorder({path!r})", "is no path") from None
+    option = f"Recorder({name!r})"
+    absolute = _absolute(name, option)
+    if not force and os.path.lexists(absolute):
+        raise GradscopeError(str(absolute), "exists already", "force=True replaces it")
+    _refuse_unwritable(absolute, option)
+    return absolute
 
 
 def default_trace(command: Sequence[str]) -> Path:
@@ -39,7 +54,7 @@ def default_trace(command: Sequence[str]) -> Path:
     """
     script = next((word for word in command if word.endswith(".py")), "run.py")
     path = next_free(Path.cwd() / f"{Path(script).stem or 'run'}{SUFFIX}")
-    _refuse_unwritable(path.parent, "the working directory")
+    _refuse_unwritable(path, "the working directory", "-o NAME.gradscope records elsewhere")
     return path
 
 
@@ -62,12 +77,27 @@ def is_trace(path: Path) -> bool:
     return isinstance(metadata, dict) and str(metadata.get("schema", "")).startswith("gradscope.trace/")
 
 
-def _refuse_unwritable(directory: Path, option: str) -> None:
-    """Make and remove a directory: what permissions promise, a read-only file system does not keep."""
+def _absolute(name: str, option: str) -> Path:
+    """The path with the suffix that a trace has."""
+    if "\0" in name or not os.path.basename(os.path.normpath(name)).strip("."):
+        raise GradscopeError(option, "names no file")
+    bare = name.rstrip(os.sep)
+    return Path(os.path.abspath(bare if bare.endswith(SUFFIX) else bare + SUFFIX))
+
+
+def _refuse_unwritable(path: Path, option: str, hint: str | None = None) -> None:
+    """Make and remove a directory beside ``path``: what permissions promise, a read-only file system does not keep."""
+    directory = path.parent
     if not directory.is_dir():
         raise GradscopeError(option, f"there is no directory {directory}")
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".gradscope-", dir=directory))
     except OSError as error:
-        hint = "-o NAME.gradscope records elsewhere" if not option.startswith("-o") else None
         raise GradscopeError(option, f"nothing can be written in {directory} ({error.strerror})", hint) from None
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        # A name that is too long.
+        raise GradscopeError(option, f"cannot be made: {error.strerror}", hint) from None
