@@ -21,7 +21,7 @@ from gradscope.trace.pending_rows import PackedRows
 
 # More of either do not wait for the writer's thread: copied gradients, and other rows.
 MOST_COPIED = 4096
-MOST_WAITING = 256
+MOST_WAITING = 64
 # Dtypes in which a total norm can lie on the other side of max_norm than the exact one.
 COARSE = (torch.bfloat16, torch.float16)
 # Everything else is something that a device still works on, and has ``ready()`` and ``result()``.
