@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from gradscope import results
 from gradscope.gradients import RecordedClip
 from gradscope.intervals import clip_rate_interval
 from gradscope.phases import find_phases
-from gradscope.selection import recent_part
+from gradscope.selection import first_groups, recent_part
 from gradscope.tensors import ClipGroup
 
 FloatArray = NDArray[np.float64]
@@ -23,8 +23,9 @@ BoolArray = NDArray[np.bool_]
 class ClipHistory:
     """The clip calls of a run; all arrays are [steps, groups], with the meaning they have in ``RecordedClip``.
 
-    A ``norm_type`` that is NaN counts as 2.  ``first`` (bool [groups]) says which groups met gradients that no other
-    group's clipping had changed: of those alone the norm is known exactly.
+    A ``norm_type`` that is NaN counts as 2, and a limit that is infinite is none.  ``first`` (bool [groups]) says which
+    groups share no tensor with one before them.  ``present`` (bool) says where a group is there; ``norm`` (NaN where it
+    holds NaN or Inf) and ``max_abs`` are those of what it met, NaN where that was not recorded.
     """
 
     max_norm: FloatArray
@@ -32,33 +33,51 @@ class ClipHistory:
     returned_norm: FloatArray
     norm_type: FloatArray
     stepped: NDArray[np.int8]
+    present: BoolArray
+    norm: FloatArray
+    max_abs: FloatArray
     first: BoolArray
+    told: BoolArray
 
     @classmethod
     def unknown(cls, steps: int, groups: Sequence[ClipGroup]) -> ClipHistory:
         """A history of ``groups`` that ``take`` fills, step by step."""
         shape = (steps, len(groups))
-        nothing = np.full(shape, np.nan)
-        first = [
-            not any(set(group.tensors) & set(before.tensors) for before in groups[:i]) for i, group in enumerate(groups)
-        ]
         return cls(
-            nothing,
-            nothing.copy(),
-            nothing.copy(),
-            nothing.copy(),
-            np.full(shape, -1, np.int8),
-            np.array(first, dtype=np.bool_),
+            **{name: np.full(shape, np.nan) for name in ("max_norm", "clip_value", "returned_norm", "norm_type")},
+            stepped=np.full(shape, -1, np.int8),
+            present=np.ones(shape, dtype=np.bool_),
+            norm=np.full(shape, np.nan),
+            max_abs=np.full(shape, np.nan),
+            first=first_groups(groups),
+            told=np.zeros(steps, dtype=np.bool_),
         )
 
     def take(self, step: int, call: RecordedClip) -> None:
         """Put down what is known of a step."""
-        self.max_norm[step] = call.max_norm
-        self.clip_value[step] = call.clip_value
+        # Clipping at infinity is how the norm is had without clipping.
+        self.max_norm[step] = np.where(np.isinf(call.max_norm), np.nan, call.max_norm)
+        self.clip_value[step] = np.where(np.isinf(call.clip_value), np.nan, call.clip_value)
         self.returned_norm[step] = call.returned_norm
         self.stepped[step] = call.stepped
         if call.norm_type is not None:
             self.norm_type[step] = call.norm_type
+        if call.totals is not None:
+            totals = call.totals
+            self.told[step] = True
+            self.present[step] = totals.present
+            self.norm[step] = np.where(totals.nonfinite > 0, np.nan, np.sqrt(totals.sum_squares))
+            self.max_abs[step] = totals.max_abs
+
+    def last(self) -> ClipHistory:
+        """The last step alone."""
+        arrays = {field.name: getattr(self, field.name)[-1:] for field in fields(self) if field.name != "first"}
+        return ClipHistory(**arrays, first=self.first)
+
+    @property
+    def met(self) -> bool:
+        """Whether what the groups met was recorded throughout."""
+        return bool(self.told.all())
 
     def limited(self) -> BoolArray:
         """Where a clip call was made with a limit."""
@@ -68,17 +87,22 @@ class ClipHistory:
         """Where the gradient, of L2 ``norms`` and largest magnitudes ``max_abs``, exceeded its limit.
 
         For a norm of another type than 2 that is decided by ``max_abs`` (infinity) or by what the library returned; so
-        it is where the gradients had been clipped before.
+        it is where the gradients had been clipped before and what was met then is not known.
         """
         measured = np.where(np.isinf(self.norm_type), max_abs, self.returned_norm)
         measured = np.where(self._euclidean, norms, measured)
-        measured = np.where(self.first, measured, self.returned_norm)
+        measured = np.where(self._exact, measured, self.returned_norm)
         return np.asarray((measured > self.max_norm) | (max_abs > self.clip_value))
 
     def decided_otherwise(self, norms: FloatArray) -> BoolArray:
         """Where the norm that the library returned and the exact one are on different sides of max_norm."""
-        both = self.first & self._euclidean & ~np.isnan(self.returned_norm) & ~np.isnan(self.max_norm)
+        both = self._exact & self._euclidean & ~np.isnan(self.returned_norm) & ~np.isnan(self.max_norm)
         return np.asarray(both & ((self.returned_norm > self.max_norm) != (norms > self.max_norm)))
+
+    @property
+    def _exact(self) -> BoolArray:
+        """Of which groups the norm is known exactly."""
+        return np.ones_like(self.first) if self.met else self.first
 
     @property
     def _euclidean(self) -> BoolArray:
@@ -92,13 +116,14 @@ def describe_run(
     finite: BoolArray,
     norms: FloatArray,
     max_abs: FloatArray,
+    joint: FloatArray,
 ) -> results.RecordedRun:
     """What the run clipped, from its ``history`` and its gradients.
 
     ``names`` are those of the clip groups, ``index`` (int64) and ``finite`` (bool) are [steps]; ``norms`` and
-    ``max_abs`` are float64 [steps, groups].
+    ``max_abs`` are float64 [steps, groups], ``joint`` norms float64 [steps].
     """
-    limited = history.limited() & finite[:, None]
+    limited = history.limited() & finite[:, None] & ~np.isnan(norms)
     clipped = history.clipped(norms, max_abs) & limited
     differ = history.decided_otherwise(norms) & limited
     groups = tuple(
@@ -106,14 +131,14 @@ def describe_run(
         for g, name in enumerate(names)
     )
     met, hit, wrong = (np.asarray(here.any(axis=1)) for here in (limited, clipped, differ))
-    largest = norms.max(axis=1, initial=0.0)
+    largest = np.fmax.reduce(norms, axis=1, initial=0.0)
     skipped = _skipped(history.stepped)
     return results.RecordedRun(
         overall=_clipping("all", history, list(range(len(names))), index, met, hit, wrong, largest),
         groups=groups,
         steps_skipped=None if skipped is None else int(skipped.sum()),
         nonfinite_skipped=None if skipped is None else int((skipped & ~finite).sum()),
-        phases=_phases(np.sqrt(np.square(norms[:, history.first]).sum(axis=1)), index, finite),
+        phases=_phases(joint, index, finite),
     )
 
 
@@ -153,6 +178,7 @@ def _clipping(
             length=recent.stop - recent.start,
         ),
         decisions_differ=int(differ.sum()),
+        updates=int(history.present[:, groups].any(axis=1).sum()),
     )
 
 

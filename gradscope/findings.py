@@ -37,7 +37,8 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
         found += _recorded(inspection)
         shares = [(group.name, group.share) for group in gradients.groups]
         # Groups that share tensors are no parts of a whole.
-        found += _dominance(shares) if math.fsum(share for _, share in shares) < 1.001 else []
+        apart = sum(group.numel or 0 for group in gradients.groups) <= (gradients.global_.numel or math.inf)
+        found += _dominance(shares) if apart else []
         found += _dominance([(layer.name, layer.share) for layer in gradients.layers])
         found += _dead(gradients)
     if inspection.weights is not None:
@@ -120,7 +121,7 @@ def _dominance(shares: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _dead(gradients: results.GradientSummary) -> list[str]:
-    dead = [t.name for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0]
+    dead = [t.name for t in gradients.tensors if t.numel and t.max_abs == 0 and t.nonfinite == 0 and t.steps != 0]
     if not dead:
         return []
     if len(dead) == len(gradients.tensors):

@@ -50,13 +50,28 @@ class SourceInfo:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GroupTotals:
+    """What the gradient that each clip group met itself amounts to; all arrays are [groups].
+
+    ``present`` (bool) says which groups there are at the step.  ``sum_squares`` and ``max_abs`` (float64) are over the
+    finite elements, ``nonfinite`` counts the others.  Of tensors that several groups hold, each has its own here.
+    """
+
+    present: NDArray[np.bool_]
+    sum_squares: FloatArray
+    max_abs: FloatArray
+    nonfinite: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RecordedClip:
     """What a recording knows of a step beside its gradient.
 
     ``time`` is in seconds since the epoch.  ``max_norm``, ``clip_value`` (NaN where nothing clipped so) and
     ``returned_norm`` (NaN where nothing was returned) are float64 [groups], ``stepped`` int8 [groups]: 1 yes, 0 no,
     -1 not known.  ``weight_norm`` and ``update_norm`` are float64 [tensors], NaN where they were not measured.
-    ``norm_type`` is the p of each group's clip call, float64 [groups]; None: 2 throughout.
+    ``norm_type`` is the p of each group's clip call, float64 [groups]; None: 2 throughout.  ``totals`` are those of
+    the gradients that the clip groups met; None: the step's own, every group being there.
     What a loss scale was still in is divided by it: the gradient, and with it its thresholds and returned norm.
     """
 
@@ -68,6 +83,7 @@ class RecordedClip:
     weight_norm: FloatArray | None = None
     update_norm: FloatArray | None = None
     norm_type: FloatArray | None = None
+    totals: GroupTotals | None = None
 
     @property
     def skipped(self) -> bool:
@@ -83,6 +99,9 @@ class GradientStep:
     elements.  ``spectra`` holds a spectrum for every tensor that has one at this step, and ``group_spectra`` one for
     every clip group of the source, in its order, where those were recorded instead.  ``read(i)`` returns tensor ``i``
     whole, as float64 or float32 of its own shape, where the source still has its elements.
+
+    ``present`` (bool) says which tensors had a gradient at this step, None: all.  The others are zeros here, as
+    clipping sees them, but tell nothing of those tensors.
     """
 
     index: int
@@ -96,6 +115,7 @@ class GradientStep:
     read: Callable[[int], NDArray[np.floating]] | None = None
     group_spectra: Sequence[MagnitudeSpectrum | None] = ()
     recorded: RecordedClip | None = None
+    present: NDArray[np.bool_] | None = None
 
     @classmethod
     def from_spectra(

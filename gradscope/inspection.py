@@ -100,8 +100,8 @@ def _regrouped(
 class _Columns:
     """Per-tensor numbers of the steps read, stacked: arrays are [steps, tensors].
 
-    ``history`` is what a recording knows of every step, None where there is none; ``weight_norm`` and ``update_norm``
-    have a row for those steps only at which they were measured.
+    ``present`` says where a tensor had a gradient.  ``history`` is what a recording knows of every step, None where
+    there is none; ``weight_norm`` and ``update_norm`` have a row for those steps only at which they were measured.
     """
 
     index: NDArray[np.int64]
@@ -111,6 +111,7 @@ class _Columns:
     zeros: NDArray[np.int64]
     nan: NDArray[np.int64]
     inf: NDArray[np.int64]
+    present: NDArray[np.bool_]
     history: ClipHistory | None = None
     weight_norm: NDArray[np.float64] | None = None
     update_norm: NDArray[np.float64] | None = None
@@ -127,6 +128,7 @@ class _Columns:
             zeros=np.zeros(shape, np.int64),
             nan=np.zeros(shape, np.int64),
             inf=np.zeros(shape, np.int64),
+            present=np.ones(shape, np.bool_),
         )
         history = ClipHistory.unknown(shape[0], source.groups)
         calls = 0
@@ -152,6 +154,9 @@ class _Columns:
         self.zeros[row] = step.zeros
         self.nan[row] = step.nan
         self.inf[row] = step.inf
+        if step.present is not None:
+            self.present[row] = step.present
+            self.zeros[row] *= step.present
 
     @property
     def nonfinite(self) -> NDArray[np.int64]:
@@ -167,6 +172,8 @@ class _Columns:
             self.zeros[-1:],
             self.nan[-1:],
             self.inf[-1:],
+            self.present[-1:],
+            self.history.last() if self.history is not None else None,
         )
 
     def norms(self, members: Sequence[int]) -> NDArray[np.float64]:
@@ -176,6 +183,10 @@ class _Columns:
         energy[self.nan[:, members].any(axis=1)] = math.nan
         norms: NDArray[np.float64] = np.sqrt(energy)
         return norms
+
+    def there(self, members: Sequence[int]) -> NDArray[np.bool_]:
+        """The steps at which any of ``members`` had a gradient."""
+        return np.asarray(self.present[:, members].any(axis=1))
 
     def update_ratio(self, members: Sequence[int]) -> float | None:
         """The median of ‖θ' − θ‖/‖θ‖ over the steps at which both are known of all ``members``."""
@@ -199,7 +210,8 @@ def _gradients(
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
     columns = _Columns.read(source, selected, progress)
-    summary = _summary(source.tensors, clip_groups, columns if at is None else columns.last())
+    shown = columns if at is None else columns.last()
+    summary = _summary(source.tensors, _members(source.tensors, clip_groups), shown, regrouped=bool(groups))
     if source.info.kind == "norm-log":
         summary = _without_elements(summary)
     if at is not None:
@@ -211,16 +223,26 @@ def _recorded(source: GradientSource, columns: _Columns) -> results.RecordedRun 
     """What the run clipped, where every step tells."""
     if columns.history is None:
         return None
-    position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
-    members = [[position[name] for name in group.tensors] for group in source.groups]
+    history, members = columns.history, _members(source.tensors, source.groups).values()
+    norms, max_abs = history.norm, history.max_abs
+    if not history.met:
+        norms = np.column_stack([columns.norms(group) for group in members])
+        max_abs = np.column_stack([columns.max_abs[:, group].max(axis=1, initial=0.0) for group in members])
     return describe_run(
-        columns.history,
+        history,
         [group.name for group in source.groups],
         columns.index,
         np.asarray(~columns.nonfinite.any(axis=1)),
-        np.column_stack([columns.norms(group) for group in members]),
-        np.column_stack([columns.max_abs[:, group].max(axis=1, initial=0.0) for group in members]),
+        norms,
+        max_abs,
+        columns.norms(range(len(source.tensors))),
     )
+
+
+def _members(tensors: Sequence[TensorInfo], groups: Sequence[ClipGroup]) -> dict[str, list[int]]:
+    """The places of the tensors of each clip group."""
+    position = {tensor.name: i for i, tensor in enumerate(tensors)}
+    return {group.name: [position[name] for name in group.tensors] for group in groups}
 
 
 def _without_elements(summary: results.GradientSummary) -> results.GradientSummary:
@@ -238,13 +260,12 @@ def _without_elements(summary: results.GradientSummary) -> results.GradientSumma
 
 
 def _summary(
-    tensors: tuple[TensorInfo, ...], groups: tuple[ClipGroup, ...], columns: _Columns
+    tensors: tuple[TensorInfo, ...], groups: Mapping[str, list[int]], columns: _Columns, regrouped: bool
 ) -> results.GradientSummary:
     finite_steps = ~columns.nonfinite.any(axis=1)
     # Where no step is finite, the finite tensors of the broken ones are still worth their numbers.
-    counted = finite_steps if finite_steps.any() else np.ones_like(finite_steps)
-    position = {tensor.name: i for i, tensor in enumerate(tensors)}
-    group_of = {name: group.name for group in groups for name in group.tensors}
+    counted = np.asarray(finite_steps if finite_steps.any() else np.ones_like(finite_steps))
+    group_of = {i: name for name, members in reversed(list(groups.items())) for i in members}
     layers: dict[str, list[int]] = {}
     for i, tensor in enumerate(tensors):
         layers.setdefault(tensor.layer, []).append(i)
@@ -255,8 +276,8 @@ def _summary(
     def numel(members: Sequence[int]) -> int:
         return sum(tensors[i].numel for i in members)
 
-    def spread(members: Sequence[int]) -> Spread:
-        return Spread.of(columns.norms(members)[counted])
+    def norms(members: Sequence[int]) -> NDArray[np.float64]:
+        return columns.norms(members)[counted & columns.there(members)]
 
     def share(members: Sequence[int]) -> float:
         if not finite_steps.any():
@@ -264,39 +285,50 @@ def _summary(
         return float(tensor_energy[members].sum()) / total_energy if total_energy > 0 else 0.0
 
     everything = range(len(tensors))
-    grouped = {group.name: [position[name] for name in group.tensors] for group in groups}
+    group_norms = _group_norms(groups, columns, counted, regrouped)
+    overlap = len({i for members in groups.values() for i in members}) < sum(map(len, groups.values()))
+    shares = _shares(group_norms) if overlap and finite_steps.any() else {}
     names = [tensor.name for tensor in tensors]
     return results.GradientSummary(
         global_=results.GradientTotals(
-            l2_norm=spread(everything),
+            l2_norm=Spread.of(columns.norms(everything)[counted]),
             max_abs=float(columns.max_abs.max(initial=0.0)),
             numel=numel(everything),
             zeros=int(columns.zeros.sum()),
             nonfinite=int(columns.nonfinite.sum()),
             nonfinite_steps=int((~finite_steps).sum()),
+            steps=int(counted.sum()),
         ),
-        groups=tuple(results.GroupNorm(name, spread(m), numel(m), share(m)) for name, m in grouped.items()),
+        groups=tuple(
+            results.GroupNorm(
+                name, Spread.of(met), numel(groups[name]), shares.get(name, share(groups[name])), len(met)
+            )
+            for name, met in group_norms.items()
+        ),
         layers=tuple(
-            results.LayerNorm(name, spread(m), numel(m), share(m), columns.update_ratio(m))
+            results.LayerNorm(name, Spread.of(own), numel(m), share(m), columns.update_ratio(m), len(own))
             for name, m in layers.items()
+            for own in [norms(m)]
         ),
         tensors=tuple(
             results.TensorNorm(
                 name=tensor.name,
                 layer=tensor.layer,
-                group=group_of[tensor.name],
+                group=group_of[i],
                 shape=tensor.shape,
                 dtype=tensor.dtype,
                 numel=tensor.numel,
-                l2_norm=spread([i]),
-                rms=_rms(columns.norms([i])[counted], tensor.numel),
+                l2_norm=Spread.of(own),
+                rms=_rms(own, tensor.numel),
                 max_abs=float(columns.max_abs[:, i].max(initial=0.0)),
                 zeros=int(columns.zeros[:, i].sum()),
                 nonfinite=int(columns.nonfinite[:, i].sum()),
                 share=share([i]),
                 update_ratio=columns.update_ratio([i]),
+                steps=len(own),
             )
             for i, tensor in enumerate(tensors)
+            for own in [norms([i])]
         ),
         nonfinite=tuple(
             name_fault(int(columns.index[row]), columns.labels[row], names, columns.nonfinite[row])
@@ -306,9 +338,34 @@ def _summary(
     )
 
 
+def _group_norms(
+    groups: Mapping[str, list[int]], columns: _Columns, counted: NDArray[np.bool_], regrouped: bool
+) -> dict[str, NDArray[np.float64]]:
+    """The norms of each clip group at those of the ``counted`` steps at which it was there."""
+    history = columns.history
+    if regrouped or history is None or not history.met:
+        return {name: columns.norms(members)[counted & columns.there(members)] for name, members in groups.items()}
+    norms = {}
+    for group, (name, members) in enumerate(groups.items()):
+        there = counted & history.present[:, group]
+        # What a group met of tensors that one before it holds is not what the columns hold.
+        norms[name] = columns.norms(members)[there]
+        if not history.first[group]:
+            met = history.norm[there, group]
+            norms[name] = met[~np.isnan(met)]
+    return norms
+
+
+def _shares(norms: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    """The share of each series in the sum of all squares."""
+    energy = {name: float(np.square(series).sum()) for name, series in norms.items()}
+    total = math.fsum(energy.values())
+    return {name: part / total if total > 0.0 else 0.0 for name, part in energy.items()}
+
+
 def _rms(norms: NDArray[np.float64], numel: int) -> float:
     """Root of the mean square over all elements of all steps, from the steps' L2 ``norms``."""
-    if numel == 0:
+    if numel == 0 or not len(norms):
         return 0.0
     return float(np.sqrt(np.mean(np.square(norms)) / numel))
 

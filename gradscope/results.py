@@ -53,6 +53,8 @@ class Float32Overflow:
 class GradientTotals:
     """All tensors together; ``zeros`` and ``nonfinite`` count elements over all steps, ``numel`` those of one step.
 
+    ``steps`` is how many steps a statistic is over: here the finite ones, below those of them at which the group, layer
+    or tensor had a gradient.
     A norm log tells nothing of elements: None, here and below.
     """
 
@@ -62,16 +64,21 @@ class GradientTotals:
     zeros: int | None
     nonfinite: int | None
     nonfinite_steps: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GroupNorm:
-    """One clip group; ``share`` as in LayerNorm."""
+    """One clip group, by the gradients that it met itself; ``share`` as in LayerNorm.
+
+    Where groups share tensors, it is the group's share of what all of them met.
+    """
 
     name: str
     l2_norm: Spread
     numel: int | None
     share: float
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,7 @@ class LayerNorm:
     numel: int
     share: float
     update_ratio: float | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,7 @@ class TensorNorm:
     nonfinite: int | None
     share: float
     update_ratio: float | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,7 @@ class RecentClipping:
 
 @dataclass(frozen=True, slots=True)
 class RecordedClipping:
-    """What a run itself clipped: rates over the ``steps`` that are finite and met a limit.
+    """What a run itself clipped: rates over the ``steps`` that are finite and met a limit, of ``updates`` there were.
 
     ``name`` is a clip group's, or ``"all"`` for the steps as a whole, which are clipped where one of their groups is.
     ``max_norm`` and ``clip_value`` are the last in force, None where nothing clipped so (or groups differ);
@@ -156,6 +165,7 @@ class RecordedClipping:
     effective_steps: float
     recent: RecentClipping
     decisions_differ: int
+    updates: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +324,7 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class PolicyGroup:
-    """One clip group under one policy.  The spreads are over the finite steps."""
+    """One clip group under one policy.  Rate and spreads are over the finite ``steps`` at which it had a gradient."""
 
     name: str
     clip_rate: float
@@ -322,6 +332,7 @@ class PolicyGroup:
     scale: Spread
     direction_change_deg: Spread
     share: float
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,8 +347,11 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLayer:
-    """``clip_rate`` is over the finite steps; the other means, and the total of ``clipped_elements``, which is off by
-    ``clipped_elements_error`` at most, are over the ``layer_steps`` of the policy's result."""
+    """``clip_rate`` is over the finite ``steps`` at which the layer had a gradient.
+
+    The other means, and the total of ``clipped_elements``, which is off by ``clipped_elements_error`` at most, are over
+    those among the ``layer_steps`` of the policy's result.
+    """
 
     name: str
     clip_rate: float
@@ -345,6 +359,7 @@ class PolicyLayer:
     direction_change_deg: float
     clipped_elements: int
     clipped_elements_error: int = 0
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,16 @@ def _ends(steps: slice) -> tuple[object, ...]:
     return steps.start, steps.stop, steps.step
 
 
+def first_groups(groups: Sequence[ClipGroup]) -> NDArray[np.bool_]:
+    """Which of ``groups`` (bool [groups]) share no tensor with one before them."""
+    taken: set[str] = set()
+    first = []
+    for group in groups:
+        first.append(taken.isdisjoint(group.tensors))
+        taken.update(group.tensors)
+    return np.array(first, dtype=np.bool_)
+
+
 def regroup(tensors: Sequence[TensorInfo], groups: Mapping[str, str]) -> tuple[ClipGroup, ...]:
     """Clip groups made by glob, name → pattern.  A tensor goes to the first that matches; the others form ``rest``.
 

@@ -17,14 +17,14 @@ from gradscope.clipping.parsing import parse_policy
 from gradscope.clipping.policy import Convention, ElementPolicy, Policy, Replay, ScalePolicy, limit_norm
 from gradscope.errors import GradscopeError
 from gradscope.findings import FLOAT32_NORM_OVERFLOW, FLOAT32_RANGE, simulation_findings
-from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress
+from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, GroupTotals, Progress
 from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
 from gradscope.nonfinite import name_fault
 from gradscope.notation import setting
 from gradscope.phases import find_phases
 from gradscope.roles import role_of
-from gradscope.selection import recent_part, regroup, select_steps
+from gradscope.selection import first_groups, recent_part, regroup, select_steps
 from gradscope.spread import Spread
 
 FloatArray = NDArray[np.float64]
@@ -66,7 +66,7 @@ def simulate(
     selected = select_steps(steps, source.info.steps)
     layout = TensorLayout.of(source.tensors, regroup(source.tensors, groups) if groups else source.groups)
     replays = {policy: policy.replay(source, layout) for policy in chosen if isinstance(policy, ElementPolicy)}
-    run = _Run.read(source, selected, layout, list(replays.values()), progress)
+    run = _Run.read(source, selected, layout, list(replays.values()), progress, regrouped=bool(groups))
     effects = {policy: _effect(policy, replays, run, convention) for policy in dict.fromkeys(chosen)}
     phases = find_phases(run.joint_norms)
     simulation = results.Simulation(
@@ -139,11 +139,11 @@ def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> No
 
 def _float32_overflow(source: GradientSource, run: _Run) -> results.Float32Overflow | None:
     dtypes = [tensor.dtype for tensor in source.tensors]
-    groups = run.layout.groups
-    members = [{dtypes[i] for i in np.flatnonzero(groups.owner == group)} for group in range(len(groups))]
+    groups = run.groups
+    members = [{dtypes[i] for i in held} for held in groups.members]
     limit = FLOAT32_NORM_OVERFLOW**2
     tensors = (run.energies >= limit) & np.array([dtype in FLOAT32_RANGE for dtype in dtypes])
-    whole = (run.group_norms >= FLOAT32_NORM_OVERFLOW) & np.array([dtypes <= FLOAT32_RANGE for dtypes in members])
+    whole = (groups.norms >= FLOAT32_NORM_OVERFLOW) & np.array([dtypes <= FLOAT32_RANGE for dtypes in members])
     steps = int((tensors.any(axis=1) | whole.any(axis=1)).sum())
     if not steps:
         return None
@@ -155,14 +155,64 @@ def _float32_overflow(source: GradientSource, run: _Run) -> results.Float32Overf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """The clip groups and the ``norms`` that they met, float64 [finite steps, groups], NaN where one was not there.
+
+    ``members`` are the places of their tensors.  ``overlap`` says whether groups share tensors, as those of two clip
+    calls do: then ``first`` (bool [groups]) marks the groups that share none with one before them, and only of those
+    is known what their tensors did.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[NDArray[np.intp], ...]
+    norms: FloatArray
+    first: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, layout: TensorLayout, energies: FloatArray, present: NDArray[np.bool_] | None) -> _Groups:
+        """The groups of ``layout``; ``energies`` and what was ``present`` are [finite steps, tensors]."""
+        sets = layout.groups
+        norms = np.sqrt(sets.total(energies))
+        if present is not None:
+            norms[~sets.any(present)] = np.nan
+        members = tuple(np.flatnonzero(sets.owner == group) for group in range(len(sets)))
+        return cls(sets.names, members, norms, np.ones(len(sets), dtype=np.bool_))
+
+    @classmethod
+    def met(cls, source: GradientSource, totals: Sequence[GroupTotals]) -> _Groups:
+        """The groups of ``source``, by what they met at each finite step."""
+        position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
+        members = tuple(np.array([position[name] for name in group.tensors], np.intp) for group in source.groups)
+        there = np.array([step.present & (step.nonfinite == 0) for step in totals])
+        norms = np.sqrt(np.array([step.sum_squares for step in totals]))
+        return cls(
+            tuple(group.name for group in source.groups),
+            members,
+            np.where(there, norms, np.nan),
+            first_groups(source.groups),
+        )
+
+    @property
+    def overlap(self) -> bool:
+        return not self.first.all()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """The steps as read.  ``finite`` (bool) and ``index`` (int64) are [steps]; the norms are those of finite steps."""
+    """The steps as read.  ``finite`` (bool) and ``index`` (int64) are [steps]; the norms are those of finite steps.
+
+    ``present`` (bool [finite steps, tensors]) says what had a gradient; None: everything throughout.
+    """
 
     layout: TensorLayout
     index: NDArray[np.int64]
     finite: NDArray[np.bool_]
     energies: FloatArray
-    group_norms: FloatArray
+    present: NDArray[np.bool_] | None
+    groups: _Groups
     joint_norms: FloatArray
     nonfinite: tuple[results.NonfiniteStep, ...]
     nonfinite_skipped: int
@@ -176,6 +226,7 @@ class _Run:
         layout: TensorLayout,
         replays: Sequence[Replay],
         progress: Progress | None,
+        regrouped: bool = False,
     ) -> _Run:
         """Stream the steps once; only their energies and what ``replays`` keep stay in memory."""
         names = [tensor.name for tensor in source.tensors]
@@ -183,6 +234,8 @@ class _Run:
         finite: list[bool] = []
         nonfinite: list[results.NonfiniteStep] = []
         energies = np.empty((len(selected), len(names)))
+        present: NDArray[np.bool_] | None = None
+        totals: list[GroupTotals] | None = None if regrouped or first_groups(source.groups).all() else []
         kept = skipped = 0
         for step in source.read_steps(selected, progress):
             index.append(step.index)
@@ -196,6 +249,11 @@ class _Run:
                 nonfinite.append(name_fault(step.index, step.label, names, faults))
                 continue
             energies[kept] = step.sum_squares
+            if step.present is not None and not step.present.all():
+                present = np.ones(energies.shape, dtype=np.bool_) if present is None else present
+                present[kept] = step.present
+            if totals is not None and step.recorded is not None and step.recorded.totals is not None:
+                totals.append(step.recorded.totals)
             kept += 1
             seen = _with_spectra(step) if len(replays) > 1 else step
             for replay in replays:
@@ -203,14 +261,17 @@ class _Run:
         if not index:
             raise GradscopeError(source.info.path, "holds no gradient steps")
         energies = energies[:kept]
-        group_energies = layout.groups.total(energies)
+        present = None if present is None else present[:kept]
         return cls(
             layout=layout,
             index=np.array(index, dtype=np.int64),
             finite=np.array(finite, dtype=np.bool_),
             energies=energies,
-            group_norms=np.sqrt(group_energies),
-            joint_norms=np.sqrt(group_energies.sum(axis=1)),
+            present=present,
+            groups=_Groups.met(source, totals)
+            if totals and len(totals) == kept
+            else _Groups.of(layout, energies, present),
+            joint_norms=np.sqrt(layout.groups.total(energies).sum(axis=1)),
             nonfinite=tuple(nonfinite),
             nonfinite_skipped=skipped,
             has_layers=source.info.kind != "norm-log",
@@ -219,7 +280,7 @@ class _Run:
     @property
     def largest_norms(self) -> FloatArray:
         """The norm of each finite step's largest clip group: what decides whether max_norm clips the step."""
-        return np.asarray(self.group_norms.max(axis=1))
+        return np.asarray(np.fmax.reduce(self.groups.norms, axis=1, initial=0.0))
 
     @property
     def recent(self) -> slice:
@@ -243,9 +304,40 @@ def _with_spectra(step: GradientStep) -> GradientStep:
 
 def _effect(policy: Policy, replays: Mapping[ElementPolicy, Replay], run: _Run, convention: Convention) -> Effect:
     if isinstance(policy, ScalePolicy):
-        return policy.effect(run.energies, run.layout, convention)
+        effect = policy.effect(run.energies, run.layout, convention, run.present)
+        return _of_overlapping(policy, effect, run, convention) if run.groups.overlap else effect
     assert isinstance(policy, ElementPolicy)
-    return replays[policy].effect()
+    effect = replays[policy].effect()
+    return replace(effect, groups=_known_groups(effect.groups, run)) if run.groups.overlap else effect
+
+
+def _of_overlapping(policy: ScalePolicy, effect: Effect, run: _Run, convention: Convention) -> Effect:
+    """The ``effect`` where clip groups share tensors: each by the gradient that it met, a step by any of them."""
+    if policy.unit != "group":
+        return replace(effect, groups=_known_groups(effect.groups, run))
+    groups = run.groups
+    numel = np.array([run.layout.numel[held].sum() for held in groups.members], dtype=np.int64)
+    factors = policy.factors(groups.norms, numel, convention)
+    turned = np.where(factors.scale > 0.0, 0.0, np.nan)
+    series = Series(factors.triggered, factors.scale, factors.scale, turned).where(~np.isnan(groups.norms))
+    triggered = effect.joint.triggered | factors.triggered.any(axis=1, keepdims=True)
+    return replace(effect, groups=series, joint=replace(effect.joint, triggered=triggered))
+
+
+def _known_groups(series: Series, run: _Run) -> Series:
+    """The columns of all clip groups, NaN for those of which nothing but the norm is known."""
+    names = run.layout.groups.names
+    columns = [
+        names.index(name) if first else -1 for name, first in zip(run.groups.names, run.groups.first, strict=True)
+    ]
+    nothing = np.full((len(series.scale), 1), np.nan)
+    never = np.zeros((len(series.triggered), 1), dtype=np.bool_)
+    return Series(
+        np.hstack([series.triggered, never])[:, columns],
+        np.hstack([series.scale, nothing])[:, columns],
+        np.hstack([series.norm_ratio, nothing])[:, columns],
+        np.hstack([series.angle, nothing])[:, columns],
+    )
 
 
 def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[range]) -> results.PolicyResult:
@@ -261,11 +353,11 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
         clipped_steps=int(clipped.sum()),
         scale=Spread.of(effect.joint.scale),
         norm_ratio=Spread.of(effect.joint.norm_ratio),
-        direction_change_deg=_angles(effect.joint, 0) if _has_direction(effect.joint) else None,
+        direction_change_deg=Spread.of(_not_nan(effect.joint.angle[:, 0])) if _has_direction(effect.joint) else None,
         direction_change_error_deg=effect.angle_error,
         clipped_elements=effect.clipped.likely,
         clipped_elements_error=effect.clipped.error,
-        groups=_policy_groups(effect.groups, run),
+        groups=_policy_groups(effect.groups, run, whole=isinstance(policy, ScalePolicy) and policy.unit == "group"),
         phases=tuple(_phase(phase, effect, run, last=phase is phases[-1]) for phase in phases),
         recent=_recent_clipping(clipped, run),
         layers=tuple(
@@ -276,6 +368,7 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
                 direction_change_deg=float(layers.angle[i]),
                 clipped_elements=layers.clipped[i].likely,
                 clipped_elements_error=layers.clipped[i].error,
+                steps=int(layers.present[i]),
             )
             for i, name in enumerate(run.layout.layers.names)
             if (layers.steps or not len(clipped)) and run.has_layers
@@ -286,18 +379,25 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
     )
 
 
-def _policy_groups(series: Series, run: _Run) -> tuple[results.PolicyGroup, ...]:
+def _policy_groups(series: Series, run: _Run, whole: bool) -> tuple[results.PolicyGroup, ...]:
+    """Each clip group over the steps at which it was there.
+
+    Of a group that shares tensors with one before it, only a policy that takes its ``whole`` norm can be told.
+    """
     shares = _energy_shares(run)
+    there = ~np.isnan(run.groups.norms)
     return tuple(
         results.PolicyGroup(
             name=name,
-            clip_rate=_share(series.triggered[:, i]),
-            norm=Spread.of(run.group_norms[:, i]),
-            scale=Spread.of(series.scale[:, i]),
-            direction_change_deg=_angles(series, i),
+            clip_rate=_share(series.triggered[there[:, i], i]),
+            norm=Spread.of(run.groups.norms[there[:, i], i]),
+            scale=Spread.of(_not_nan(series.scale[:, i])),
+            direction_change_deg=Spread.of(_not_nan(series.angle[:, i])),
             share=shares[i],
+            steps=int(there[:, i].sum()),
         )
-        for i, name in enumerate(run.layout.groups.names)
+        for i, name in enumerate(run.groups.names)
+        if whole or run.groups.first[i]
     )
 
 
@@ -306,10 +406,10 @@ def _roles(policy: Policy, run: _Run) -> tuple[results.RoleClipping, ...]:
     named = [role_of(name) for name in run.layout.tensors.names]
     members = {role: [i for i, found in enumerate(named) if found == role] for role in ("actor", "critic")}
     total = float(run.energies.sum())
-    one_norm = policy.name == "joint-norm" or len(run.layout.groups) == 1
+    one_norm = policy.name == "joint-norm" or len(run.groups) == 1
     if not (one_norm and all(members.values()) and 0.0 < total < math.inf and policy.threshold):
         return ()
-    energies = {role: run.energies[:, held].sum(axis=1) for role, held in members.items()}
+    energies = {role: _there(run, held).sum(axis=1) for role, held in members.items()}
     return tuple(
         results.RoleClipping(
             name=role,
@@ -320,12 +420,19 @@ def _roles(policy: Policy, run: _Run) -> tuple[results.RoleClipping, ...]:
     )
 
 
+def _there(run: _Run, tensors: list[int]) -> FloatArray:
+    """The energies of ``tensors`` at the steps at which any of them had a gradient."""
+    energies = run.energies[:, tensors]
+    return energies if run.present is None else energies[run.present[:, tensors].any(axis=1)]
+
+
 def _energy_shares(run: _Run) -> list[float]:
     """Each clip group's share of the squared norm, summed over the finite steps."""
-    if not len(run.group_norms):
-        return [math.nan] * len(run.layout.groups)
-    largest = float(run.group_norms.max())
-    energies = np.square(run.group_norms / largest).sum(axis=0) if largest > 0.0 else np.zeros(len(run.layout.groups))
+    norms = np.nan_to_num(run.groups.norms, nan=0.0)
+    if not len(norms):
+        return [math.nan] * len(run.groups)
+    largest = float(norms.max())
+    energies = np.square(norms / largest).sum(axis=0) if largest > 0.0 else np.zeros(len(run.groups))
     return [float(energy) for energy in energies / max(1.0, float(energies.sum()))]
 
 
@@ -333,9 +440,8 @@ def _has_direction(series: Series) -> bool:
     return not len(series.angle) or bool(np.isfinite(series.angle).any())
 
 
-def _angles(series: Series, column: int) -> Spread:
-    angles = series.angle[:, column]
-    return Spread.of(angles[np.isfinite(angles)])
+def _not_nan(values: FloatArray) -> FloatArray:
+    return values[~np.isnan(values)]
 
 
 def _share(clipped: NDArray[np.bool_]) -> float:
@@ -381,12 +487,13 @@ def _suggest(run: _Run, part: slice) -> dict[str, float | tuple[int, int]]:
 
 def _sweep(policies: Sequence[Policy], run: _Run, convention: Convention) -> tuple[results.SweepRow, ...]:
     given = [policy.arguments[0] for policy in policies if policy.name == "norm"]
-    energies = np.square(run.group_norms)
+    norms = np.nan_to_num(run.groups.norms, nan=0.0)
+    energies = np.square(norms)
     joint = Partition.by(["all"] * energies.shape[1])
     recent = run.finite_in(run.recent)
     rows = []
     for max_norm in round_ladder(run.largest_norms, given):
-        factors = limit_norm(run.group_norms, max_norm, convention)
+        factors = limit_norm(norms, max_norm, convention)
         clipped = np.asarray(factors.triggered.any(axis=1))
         scale = Moments(energies, factors.scale, np.zeros_like(energies)).merge(joint).mean
         rows.append(

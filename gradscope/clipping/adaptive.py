@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,8 +35,17 @@ class AutoClip(ScalePolicy):
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
         """Clip by norm at the running percentile of each unit's norms."""
-        limits = np.column_stack([running_percentile(series, self.arguments[0]) for series in norms.T])
+        limits = _limits(norms, lambda series: running_percentile(series, self.arguments[0]))
         return limit_norm(norms, limits, convention)
+
+
+def _limits(norms: FloatArray, limits_of: Callable[[FloatArray], FloatArray]) -> FloatArray:
+    """``limits_of`` the series of each unit, over the steps at which it had a gradient; infinite at the others."""
+    limits = np.full_like(norms, np.inf)
+    for unit, series in enumerate(norms.T):
+        there = ~np.isnan(series)
+        limits[there, unit] = limits_of(series[there])
+    return limits
 
 
 def running_percentile(series: FloatArray, percentile: float) -> FloatArray:
@@ -79,7 +89,7 @@ class ZClip(ScalePolicy):
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
         """Clip by norm at the limits that each unit's own moving mean and variance give."""
         z, alpha = (*self.arguments, ZCLIP_ALPHA)[:2]
-        return limit_norm(norms, np.column_stack([_zclip_limits(series, z, alpha) for series in norms.T]), convention)
+        return limit_norm(norms, _limits(norms, lambda series: _zclip_limits(series, z, alpha)), convention)
 
 
 def _zclip_limits(series: FloatArray, z: float, alpha: float) -> FloatArray:

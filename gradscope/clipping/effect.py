@@ -23,6 +23,7 @@ class Series:
 
     ``scale`` is (g·c)/‖g‖², ``norm_ratio`` ‖c‖/‖g‖ and ``angle`` the direction change in degrees, NaN where nothing is
     left of the gradient.  These three may leave out steps at which they are not known; ``triggered`` has all.
+    A set that had no gradient at a step is not triggered there, and the three are NaN.
     """
 
     triggered: BoolArray
@@ -31,9 +32,19 @@ class Series:
     angle: FloatArray
 
     @classmethod
-    def of(cls, moments: Moments, triggered: BoolArray) -> Series:
-        """The series of sets with ``moments``."""
-        return cls(triggered, moments.mean, moments.norm_ratio(), moments.direction_change_deg())
+    def of(cls, moments: Moments, triggered: BoolArray, present: BoolArray | None = None) -> Series:
+        """The series of sets with ``moments``; ``present`` says which had a gradient, None: all."""
+        series = cls(triggered, moments.mean, moments.norm_ratio(), moments.direction_change_deg())
+        return series if present is None else series.where(present)
+
+    def where(self, present: BoolArray) -> Series:
+        """The series without what was not ``present`` (bool, shaped like ``scale``)."""
+        return Series(
+            self.triggered,
+            np.where(present, self.scale, np.nan),
+            np.where(present, self.norm_ratio, np.nan),
+            np.where(present, self.angle, np.nan),
+        )
 
     @classmethod
     def concatenate(cls, parts: Iterable[Series], sets: int) -> Series:
@@ -53,19 +64,24 @@ class LayerTotals:
 
     def __init__(self, layers: int) -> None:
         self._steps = 0
-        self._all_steps = 0
+        self._present = np.zeros(layers, dtype=np.int64)
+        self._scales = np.zeros(layers)
         self._triggered = np.zeros(layers)
         self._scale = np.zeros(layers)
         self._angle = np.zeros(layers)
         self._angles = np.zeros(layers)
         self._clipped = np.zeros((3, layers), dtype=np.int64)
 
-    def add(self, series: Series, clipped: Sequence[ClippedCount] = ()) -> None:
-        """Take in the layers' ``series``, and how many elements of each layer were clamped, where any could be."""
+    def add(self, series: Series, clipped: Sequence[ClippedCount] = (), present: BoolArray | None = None) -> None:
+        """Take in the layers' ``series``, and how many elements of each layer were clamped, where any could be.
+
+        ``present`` says which layers had a gradient, None: all.
+        """
         self._steps += len(series.scale)
-        self._all_steps += len(series.triggered)
+        self._present += len(series.triggered) if present is None else present.sum(axis=0)
         self._triggered += series.triggered.sum(axis=0)
-        self._scale += series.scale.sum(axis=0)
+        self._scale += np.nansum(series.scale, axis=0)
+        self._scales += (~np.isnan(series.scale)).sum(axis=0)
         self._angle += np.nansum(series.angle, axis=0)
         self._angles += np.isfinite(series.angle).sum(axis=0)
         if clipped:
@@ -74,13 +90,13 @@ class LayerTotals:
     def means(self) -> LayerMeans:
         """The means over those steps."""
         with np.errstate(invalid="ignore"):
-            steps = np.float64(self._steps)
             return LayerMeans(
-                clip_rate=self._triggered / np.float64(self._all_steps),
-                scale=self._scale / steps,
+                clip_rate=self._triggered / self._present,
+                scale=self._scale / self._scales,
                 angle=self._angle / self._angles,
                 clipped=tuple(ClippedCount(lo, likely, hi) for lo, likely, hi in self._clipped.T.tolist()),
                 steps=self._steps,
+                present=self._present,
             )
 
 
@@ -88,7 +104,8 @@ class LayerTotals:
 class LayerMeans:
     """Means over the finite steps, one entry per layer (NaN where there are none); ``clipped`` elements in all.
 
-    All but ``clip_rate`` are over those ``steps`` at which they are known.
+    ``present`` (int64) counts the steps at which each layer had a gradient, which are all that its means are over.
+    All but ``clip_rate`` are over those of the ``steps`` at which they are known.
     """
 
     clip_rate: FloatArray
@@ -96,6 +113,7 @@ class LayerMeans:
     angle: FloatArray
     clipped: tuple[ClippedCount, ...]
     steps: int
+    present: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,12 +130,19 @@ class Effect:
     clipped: ClippedCount = NOTHING
 
 
-def effect_of_scaling(parts: Iterable[tuple[Moments, BoolArray]], layout: TensorLayout) -> Effect:
-    """The effect of scaled tensors: ``parts`` holds moments and triggers [steps, tensors] for stretches of the run."""
+def effect_of_scaling(parts: Iterable[tuple[Moments, BoolArray, BoolArray | None]], layout: TensorLayout) -> Effect:
+    """The effect of scaled tensors: ``parts`` holds stretches of the run, all arrays of which are [steps, tensors].
+
+    These are the moments, what was triggered, and what had a gradient (None: all).
+    """
     joint, groups, layers = [], [], LayerTotals(len(layout.layers))
-    for moments, triggered in parts:
-        layers.add(Series.of(moments.merge(layout.layers), layout.layers.any(triggered)))
-        groups.append(Series.of(moments.merge(layout.groups), layout.groups.any(triggered)))
+    for moments, triggered, present in parts:
+        in_layers, in_groups = (
+            None if present is None else sets.any(present) for sets in (layout.layers, layout.groups)
+        )
+        by_layer = Series.of(moments.merge(layout.layers), layout.layers.any(triggered), in_layers)
+        layers.add(by_layer, present=in_layers)
+        groups.append(Series.of(moments.merge(layout.groups), layout.groups.any(triggered), in_groups))
         joint.append(Series.of(moments.merge(layout.joint), layout.joint.any(triggered)))
     return Effect(
         joint=Series.concatenate(joint, 1),

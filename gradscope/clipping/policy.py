@@ -65,25 +65,40 @@ class ScalePolicy(Policy):
 
     @abstractmethod
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
-        """The factors for ``norms`` (float64 [finite steps, units], in time order); ``numel`` elements per unit."""
+        """The factors for ``norms`` (float64 [finite steps, units], in time order); ``numel`` elements per unit.
 
-    def effect(self, energies: FloatArray, layout: TensorLayout, convention: Convention) -> Effect:
-        """What the policy does to a run with ``energies`` Σg², float64 [finite steps, tensors]."""
+        A norm that is NaN is none: the unit had no gradient, its factor is 1 and it is not triggered.
+        """
+
+    def effect(
+        self,
+        energies: FloatArray,
+        layout: TensorLayout,
+        convention: Convention,
+        present: NDArray[np.bool_] | None = None,
+    ) -> Effect:
+        """What the policy does to a run with ``energies`` Σg², float64 [finite steps, tensors].
+
+        ``present`` (bool, likewise) says which tensors had a gradient, None: all; the others' energies are 0.
+        """
         units = layout.at(self.unit)
         numel = np.bincount(units.owner, weights=layout.numel, minlength=len(units)).astype(np.int64)
-        factors = self.factors(np.sqrt(units.total(energies)), numel, convention)
+        norms = np.sqrt(units.total(energies))
+        if present is not None:
+            norms[~units.any(present)] = np.nan
+        factors = self.factors(norms, numel, convention)
         # A stretch at a time, so that the temporaries stay small beside the energies.
         rows = max(1, STRETCH_ELEMENTS // energies.shape[1])
         stretches = (slice(start, start + rows) for start in range(0, len(energies), rows))
-        return effect_of_scaling((_scaled(energies, factors, units, stretch) for stretch in stretches), layout)
+        return effect_of_scaling((_scaled(energies, factors, units, stretch, present) for stretch in stretches), layout)
 
 
 def _scaled(
-    energies: FloatArray, factors: Factors, units: Partition, stretch: slice
-) -> tuple[Moments, NDArray[np.bool_]]:
+    energies: FloatArray, factors: Factors, units: Partition, stretch: slice, present: NDArray[np.bool_] | None
+) -> tuple[Moments, NDArray[np.bool_], NDArray[np.bool_] | None]:
     scale = factors.scale[stretch][:, units.owner]
     moments = Moments(energies[stretch], scale, np.zeros_like(scale))
-    return moments, factors.triggered[stretch][:, units.owner]
+    return moments, factors.triggered[stretch][:, units.owner], None if present is None else present[stretch]
 
 
 class Replay(Protocol):
@@ -113,12 +128,13 @@ def limit_norm(norms: FloatArray, limits: FloatArray | float, convention: Conven
     """Clip by norm at ``limits`` (υ, broadcast against ``norms``): triggered where n > υ.
 
     The factor is min(1, υ/n) (Pascanu et al. 2013; optax ``clip_by_global_norm``), or min(1, υ/(n + 1e-6)) by the
-    ``torch`` convention, which also scales a norm within 1e-6 below υ.  A zero gradient keeps the factor 1.
+    ``torch`` convention, which also scales a norm within 1e-6 below υ.  A zero gradient keeps the factor 1, and so does
+    what has no norm (NaN).
     """
     triggered = norms > limits
     if convention == "torch":
         scale = np.minimum(1.0, limits / (norms + TORCH_EPSILON))
-        return Factors(np.where(norms == 0.0, 1.0, scale), triggered)
+        return Factors(np.where(norms > 0.0, scale, 1.0), triggered)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scale = np.where(triggered, limits / norms, 1.0)
     return Factors(scale, triggered)

@@ -99,7 +99,7 @@ class _UnitwiseReplay:
         columns = len(self._tensors)
         rows = np.stack(self._rows) if self._rows else np.empty((0, 3, columns))
         triggered = np.stack(self._triggered) if self._triggered else np.empty((0, columns), dtype=np.bool_)
-        return effect_of_scaling([(Moments(rows[:, 0], rows[:, 1], rows[:, 2]), triggered)], self._layout)
+        return effect_of_scaling([(Moments(rows[:, 0], rows[:, 1], rows[:, 2]), triggered, None)], self._layout)
 
 
 def unit_energies(tensor: NDArray[np.floating]) -> FloatArray:

@@ -64,6 +64,9 @@ class _ValueReplay:
         groups = None if tensors is None else _merge(tensors, layout.groups)
         if recorded is not None and self._unions is not None:
             groups = _merge(recorded, self._unions)
+        in_groups, in_layers = (
+            None if step.present is None else sets.any(step.present[None]) for sets in (layout.groups, layout.layers)
+        )
         joint = recorded or groups
         if joint is None:
             raise self._lacking(step)
@@ -72,10 +75,10 @@ class _ValueReplay:
         self._joint.append(series)
         self._clipped += whole.clipped
         self._angle_error = max(self._angle_error, error)
-        self._groups.append(_series(groups, layout.groups.any(over))[0])
+        self._groups.append(_series(groups, layout.groups.any(over), in_groups)[0])
         layers = None if tensors is None else _merge(tensors, layout.layers)
         counts: list[ClippedCount] = [] if layers is None else [clip.clipped for clip in layers]
-        self._layers.add(_series(layers, layout.layers.any(over))[0], counts)
+        self._layers.add(_series(layers, layout.layers.any(over), in_layers)[0], counts, in_layers)
 
     def effect(self) -> Effect:
         groups = Series.concatenate(self._groups, len(self._layout.groups))
@@ -159,14 +162,17 @@ def _merge(clips: list[ValueClip], sets: Partition) -> list[ValueClip]:
     return [parts[0] if len(parts) == 1 else ValueClip.total(parts) for parts in members]
 
 
-def _series(clips: list[ValueClip] | None, triggered: BoolArray) -> tuple[Series, float]:
+def _series(
+    clips: list[ValueClip] | None, triggered: BoolArray, present: BoolArray | None = None
+) -> tuple[Series, float]:
     """One step's ``clips``, one per set, as a series of length 1, and the widest half-width of an angle.
 
-    Without clips only the triggers are known.
+    Without clips only the triggers are known.  ``present`` ([1, sets]) says which sets had a gradient, None: all.
     """
     if clips is None:
         unknown = np.empty((0, triggered.shape[1]))
         return Series(triggered, unknown, unknown, unknown), 0.0
     rows = [(clip.scale(), clip.norm_ratio(), *clip.direction_change_deg()) for clip in clips]
     columns: FloatArray = np.array(rows, dtype=np.float64).T[:, None, :]
-    return Series(triggered, columns[0], columns[1], columns[2]), float(columns[3].max())
+    series = Series(triggered, columns[0], columns[1], columns[2])
+    return series if present is None else series.where(present), float(columns[3].max())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from gradscope.errors import GradscopeError
-from gradscope.gradients import GradientSource, GradientStep, IntArray, Progress, RecordedClip, SourceInfo
+from gradscope.gradients import GradientSource, GradientStep, GroupTotals, IntArray, Progress, RecordedClip, SourceInfo
 from gradscope.notation import names
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.tensors import ClipGroup, TensorInfo
@@ -138,7 +138,14 @@ class RecordedTrace(GradientSource):
                 weight_norm=merged.weight_norm[place] if measured else None,
                 update_norm=merged.update_norm[place] if measured else None,
                 norm_type=merged.norm_type[place],
+                totals=GroupTotals(
+                    present=merged.has_row[place],
+                    sum_squares=merged.group_sum_squares[place],
+                    max_abs=merged.group_max_abs[place],
+                    nonfinite=merged.group_nonfinite[place],
+                ),
             ),
+            present=merged.has_gradient[place],
         )
 
 

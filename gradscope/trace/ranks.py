@@ -89,10 +89,10 @@ class RecordedRun:
         )
 
     def max_norm(self, group: int) -> float | None:
-        """The last υ in force for a group; None where nothing clipped it by norm."""
+        """The last υ in force for a group; None where nothing clipped it by norm, or only at infinity."""
         for rank in self.ranks:
             known = rank.trace.max_norm[rank.group[rank.trace.group] == group]
-            known = known[~np.isnan(known)]
+            known = known[np.isfinite(known)]
             if len(known):
                 return float(known[-1])
         return None

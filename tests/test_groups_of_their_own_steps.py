@@ -1,0 +1,173 @@
+"""Clip groups that are not there at every step, that share tensors, or that are clipped at infinity."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trace_rows import described, row, write
+
+from gradscope import results
+from gradscope.clipping.adaptive import running_percentile
+from gradscope.gradients import GradientSource
+from gradscope.inspection import inspect
+from gradscope.simulation import simulate
+from gradscope.sources import open_source
+from gradscope.views import VIEWS
+from gradscope.views.choices import ViewChoices
+
+SHAPES = {"D.weight": (4, 2), "D.bias": (4,), "G.weight": (3, 2)}
+GROUPS = {"D": ["D.weight", "D.bias"], "G": ["G.weight"]}
+STEPS = 60
+RANDOM = np.random.default_rng(3)
+D = [[RANDOM.normal(size=(4, 2)), RANDOM.normal(size=4)] for _ in range(STEPS)]
+# The generator steps at every third step.
+G = {step: RANDOM.normal(size=(3, 2)) * RANDOM.uniform(0.1, 3) for step in range(2, STEPS, 3)}
+
+
+def norm_of(*gradients: np.ndarray) -> float:
+    return float(np.sqrt(sum((g**2).sum() for g in gradients)))
+
+
+D_NORMS = np.array([norm_of(*gradients) for gradients in D])
+G_NORMS = np.array([norm_of(gradient) for gradient in G.values()])
+
+
+def gan(directory: Path, limit: float = 2.0, spectra: str = "all") -> GradientSource:
+    rows = []
+    for step in range(STEPS):
+        # At one step the optimizer has no bias to move.
+        rows.append(row(step, [D[step][0], None if step == 5 else D[step][1]], spectra=spectra))
+        if step in G:
+            rows.append(row(step, [G[step]], group=1, max_norm=limit, returned_norm=norm_of(G[step]), spectra=spectra))
+    return open_source(write(directory / "gan.gradscope", described(SHAPES, GROUPS), rows))
+
+
+def two_passes(directory: Path) -> tuple[GradientSource, np.ndarray, np.ndarray]:
+    """Two clip calls on the same parameters, with other gradients."""
+    firsts = [RANDOM.normal(size=(4, 2)) for _ in range(40)]
+    seconds = [3 * RANDOM.normal(size=(4, 2)) for _ in range(40)]
+    rows = []
+    for step, (one, other) in enumerate(zip(firsts, seconds, strict=True)):
+        rows.append(row(step, [one], max_norm=2.0, returned_norm=norm_of(one)))
+        rows.append(row(step, [other], group=1, max_norm=2.0, returned_norm=norm_of(other)))
+    metadata = described({"weight": (4, 2)}, {"all": ["weight"], "all (sam.py:9)": ["weight"]})
+    source = open_source(write(directory / "sam.gradscope", metadata, rows))
+    return source, np.array([norm_of(g) for g in firsts]), np.array([norm_of(g) for g in seconds])
+
+
+def summary(inspection: results.Inspection) -> results.GradientSummary:
+    assert inspection.gradients is not None
+    return inspection.gradients
+
+
+def test_norms_are_over_the_steps_at_which_there_was_a_gradient(tmp_path: Path) -> None:
+    found = summary(inspect(gan(tmp_path)))
+    discriminator, generator = found.groups
+    assert (discriminator.steps, generator.steps, found.global_.steps) == (STEPS, len(G), STEPS)
+    assert generator.l2_norm.p50 == pytest.approx(np.median(G_NORMS))
+    assert generator.l2_norm.min == pytest.approx(G_NORMS.min())
+    assert [(layer.name, layer.steps) for layer in found.layers] == [("D", STEPS), ("G", len(G))]
+    weight, bias, of_generator = found.tensors
+    assert (weight.steps, bias.steps, of_generator.steps) == (STEPS, STEPS - 1, len(G))
+    assert of_generator.l2_norm.mean == pytest.approx(G_NORMS.mean())
+    assert of_generator.rms == pytest.approx(np.sqrt(np.mean(G_NORMS**2) / 6))
+    assert (bias.zeros, of_generator.zeros) == (0, 0)
+    # What the step as a whole holds is as it was.
+    joint = np.sqrt(D_NORMS**2 + np.array([norm_of(G[s]) if s in G else 0.0 for s in range(STEPS)]) ** 2)
+    joint[5] = np.sqrt(joint[5] ** 2 - (D[5][1] ** 2).sum())
+    assert found.global_.l2_norm.p50 == pytest.approx(np.median(joint))
+
+
+def test_groups_made_by_glob_have_their_own_steps_too(tmp_path: Path) -> None:
+    (generator, rest) = summary(inspect(gan(tmp_path), groups={"generator": "G.*"})).groups
+    assert (generator.steps, rest.steps) == (len(G), STEPS)
+    assert generator.l2_norm.p50 == pytest.approx(np.median(G_NORMS))
+
+
+@pytest.mark.parametrize("convention", ["exact", "torch"])
+def test_a_policy_is_told_over_a_groups_own_steps(tmp_path: Path, convention: str) -> None:
+    result = simulate(gan(tmp_path), ["norm:2"], convention=convention).results[0]  # type: ignore[arg-type]
+    generator = result.groups[1]
+    assert (generator.steps, generator.clip_rate) == (len(G), (G_NORMS > 2).mean())
+    assert generator.norm.p50 == pytest.approx(np.median(G_NORMS))
+    assert generator.scale.mean == pytest.approx(np.minimum(1, 2 / G_NORMS).mean(), rel=1e-5)
+    assert result.layers[1].steps == len(G)
+    assert result.layers[1].clip_rate == generator.clip_rate
+    assert result.layers[1].scale == pytest.approx(generator.scale.mean)
+    there = np.array([norm_of(G[step]) if step in G else 0.0 for step in range(STEPS)])
+    discriminator = D_NORMS.copy()
+    discriminator[5] = norm_of(D[5][0])
+    assert result.clip_rate == ((discriminator > 2) | (there > 2)).mean()
+
+
+def test_clipping_by_value_is_told_over_a_groups_own_steps(tmp_path: Path) -> None:
+    result = simulate(gan(tmp_path), ["value:0.8"]).results[0]
+    kept = [float((np.clip(g, -0.8, 0.8) * g).sum() / (g * g).sum()) for g in G.values()]
+    generator = result.groups[1]
+    assert generator.clip_rate == np.mean([np.abs(g).max() > 0.8 for g in G.values()])
+    assert generator.scale.mean == pytest.approx(np.mean(kept), rel=0.01)
+    assert result.layers[1].scale == pytest.approx(np.mean(kept), rel=0.01)
+    assert (generator.steps, result.layers[1].steps) == (len(G), len(G))
+
+
+def test_a_history_holds_a_groups_own_steps(tmp_path: Path) -> None:
+    result = simulate(gan(tmp_path), ["autoclip:50", "zclip:2"])
+    limits = running_percentile(G_NORMS, 50)
+    assert result.results[0].groups[1].clip_rate == (limits < G_NORMS).mean()
+    # The warm-up of 25 steps is longer than the generator's run: those are capped at 1.
+    assert result.results[1].groups[1].clip_rate == (G_NORMS > 1).mean()
+
+
+def test_groups_that_share_tensors_have_their_own_numbers(tmp_path: Path) -> None:
+    source, firsts, seconds = two_passes(tmp_path)
+    inspection = inspect(source)
+    one, other = summary(inspection).groups
+    assert one.l2_norm.p50 == pytest.approx(np.median(firsts))
+    assert other.l2_norm.p50 == pytest.approx(np.median(seconds))
+    energies = (firsts**2).sum(), (seconds**2).sum()
+    assert (one.share, other.share) == pytest.approx([energy / sum(energies) for energy in energies])
+    assert inspection.recorded is not None
+    assert [group.clip_rate for group in inspection.recorded.groups] == [(firsts > 2).mean(), (seconds > 2).mean()]
+    assert inspection.recorded.overall.clip_rate == ((firsts > 2) | (seconds > 2)).mean()
+    assert not any("dominates" in finding for finding in inspection.findings)
+    last = summary(inspect(source, at=39)).groups
+    assert [group.l2_norm.max for group in last] == pytest.approx([firsts[-1], seconds[-1]])
+
+
+def test_policies_are_told_of_groups_that_share_tensors(tmp_path: Path) -> None:
+    source, firsts, seconds = two_passes(tmp_path)
+    result = simulate(source, ["norm:3", "per-tensor-norm:3"], sweep=True)
+    one, other = result.results[0].groups
+    assert (one.clip_rate, other.clip_rate) == ((firsts > 3).mean(), (seconds > 3).mean())
+    assert other.scale.mean == pytest.approx(np.minimum(1, 3 / seconds).mean())
+    assert (other.direction_change_deg.max, other.norm.p50) == pytest.approx((0.0, np.median(seconds)))
+    largest = np.maximum(firsts, seconds)
+    assert result.results[0].clip_rate == (largest > 3).mean()
+    # Of what met the second call, tensors' norms are not known.
+    assert [group.name for group in result.results[1].groups] == ["all"]
+    assert result.suggested_max_norm_overall["0.10"] == pytest.approx(np.sort(largest)[-5])
+    assert [rung.clip_rate for rung in result.sweep if rung.max_norm == 3.0] == [(largest > 3).mean()]
+
+
+def test_clipping_at_infinity_is_no_limit(tmp_path: Path) -> None:
+    def run(name: str, limits: list[float]) -> GradientSource:
+        rows = [
+            row(step, [D[step][0], D[step][1]], max_norm=limit, returned_norm=float(D_NORMS[step]))
+            for step, limit in enumerate(limits)
+        ]
+        return open_source(write(tmp_path / name, described({k: SHAPES[k] for k in GROUPS["D"]}), rows))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        only = inspect(run("only.gradscope", [np.inf] * 30))
+        mixed = inspect(run("mixed.gradscope", [2.0, np.inf] * 15))
+    assert "The run did not clip its gradients." in only.findings
+    assert VIEWS["table"](only, ViewChoices()).endswith("--max-norm 0.5\n")
+    assert mixed.recorded is not None
+    overall = mixed.recorded.overall
+    assert (overall.max_norm, overall.max_norm_changes, overall.steps) == (2.0, 0, 15)
+    assert overall.clip_rate == (D_NORMS[:30:2] > 2).mean()
+    assert run("group.gradscope", [2.0, np.inf] * 15).groups[0].max_norm == 2.0
