@@ -229,6 +229,36 @@ def test_a_disk_that_stands_still_stops_recording_before_memory_is_full(
     assert steps_in(tmp_path / "run.gradscope") == [0]
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_program_that_closes_all_descriptors_keeps_its_own_files(tmp_path: Path, reused: bool) -> None:
+    done = run_script(
+        """
+        import os
+        writer = TraceWriter(Path(sys.argv[1]), described(S), flush_seconds=1e6)
+        writer.append(row(0, G))
+        writer.flush()
+        os.closerange(3, 200)
+        files = [os.open(f"{sys.argv[1]}-{i}", os.O_CREAT | os.O_WRONLY) for i in range(50 if sys.argv[2] else 0)]
+        for file in files:
+            os.write(file, b"mine")
+        writer.append(row(1, G))
+        writer.flush()
+        print(writer.error)
+        writer.close()
+        for file in files:
+            os.close(file)
+        """,
+        str(tmp_path / "run.gradscope"),
+        "reused" if reused else "",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "the program has closed its file descriptor"
+    files = list(tmp_path.glob("run.gradscope-*"))
+    assert len(files) == (50 if reused else 0)
+    assert {path.read_bytes() for path in files} <= {b"mine"}
+    assert steps_in(tmp_path / "run.gradscope") == [0]
+
+
 def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
     done = run_script(
         """

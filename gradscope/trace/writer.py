@@ -61,6 +61,7 @@ class TraceWriter:
         directory.mkdir(exist_ok=True)
         stream = os.open(self.path, _EXCLUSIVELY, 0o666)
         self._stream: int | None = stream
+        self._file = _file_of(stream)
         try:
             self._replace_metadata(metadata_to_json(metadata))
             self._write(stream, self._schema.serialize())
@@ -119,8 +120,7 @@ class TraceWriter:
                 return
             if self.error is None:
                 self._try(partial(self._write, self._stream, END_OF_STREAM))
-            os.close(self._stream)
-            self._stream = None
+            self._close_stream()
         _writers.discard(self)
 
     def abandon(self) -> None:
@@ -129,9 +129,15 @@ class TraceWriter:
         self._renew_locks()
         self._ended.set()
         self._pending = PendingRows()
-        if self._stream is not None:
-            os.close(self._stream)
-            self._stream = None
+        self._close_stream()
+
+    def _close_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None and _file_of(stream) == self._file:
+            try:
+                os.close(stream)
+            except OSError as error:
+                self.error = self.error or error.strerror
 
     def _flush_every(self, seconds: float) -> None:
         due = time.monotonic() + seconds
@@ -157,8 +163,16 @@ class TraceWriter:
             self._try(partial(self._write_rows, self._stream, pending))
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Write unless the stream was deleted: somebody may record anew under its name."""
+        """Write unless the stream was deleted: somebody may record anew under its name.
+
+        Nor where the program has closed its descriptor, as daemons close all: the number may be another file's by now.
+        """
         assert self._stream is not None
+        if _file_of(self._stream) != self._file:
+            with self._lock:
+                self.error = self.error or "the program has closed its file descriptor"
+                self._pending = PendingRows()
+            return
         try:
             if os.fstat(self._stream).st_nlink == 0:
                 raise FileNotFoundError(errno.ENOENT, "it was deleted")
@@ -189,6 +203,15 @@ class TraceWriter:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _file_of(descriptor: int) -> tuple[int, int] | None:
+    """Which file it is that is open there; None: none."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 _writers: set[TraceWriter] = set()
