@@ -23,8 +23,14 @@ class BuildInPlace(build_ext):
 
 setup(
     ext_modules=[
-        Extension("gradscope._kernels", ["gradscope/_kernels.pyx"], extra_compile_args=OPTIMISE),
-        Extension("gradscope._meter", ["gradscope/_meter.pyx"], extra_compile_args=OPTIMISE),
+        Extension(
+            f"gradscope.{name}",
+            [f"gradscope/{name}.pyx"],
+            include_dirs=["gradscope"],
+            depends=["gradscope/block_sums.h"],
+            extra_compile_args=OPTIMISE,
+        )
+        for name in ("_kernels", "_meter")
     ],
     cmdclass={"build_ext": BuildInPlace},
 )

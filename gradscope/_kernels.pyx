@@ -35,96 +35,22 @@ cdef extern from *:
     static long long gs_pread(int fd, void *to, size_t n, long long at) { return pread(fd, to, n, (off_t)at); }
     #endif
 
-    /* One build that runs everywhere and uses wide vectors where it finds them. It needs ifunc: gcc or clang 14,
-       glibc, x86-64. */
-    #if defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14) && defined(__x86_64__) && defined(__GLIBC__)
-    #define GS_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
-    #else
-    #define GS_VECTORS
-    #endif
-    #if defined(_MSC_VER)
-    #define GS_RESTRICT __restrict
-    #else
-    #define GS_RESTRICT restrict
-    #endif
-    #define GS_LANES 32
+    #define BLOCK_SUMS gs_squares32
+    #define WORD uint32_t
+    #define REAL float
+    #define WORD_MAX UINT32_MAX
+    #define MAGNITUDE 0x7fffffffu
+    #define COUNT_ZEROS 0
+    #include "block_sums.h"
+    #define BLOCK_SUMS gs_squares64
+    #define WORD uint64_t
+    #define REAL double
+    #define WORD_MAX UINT64_MAX
+    #define MAGNITUDE 0x7fffffffffffffffull
+    #define COUNT_ZEROS 0
+    #include "block_sums.h"
 
-    /* Sum of squares, largest and smallest non-zero magnitude bits (minus one) of a block.  The lanes are independent
-       sums, so that the compiler may vectorise them without being allowed to reorder anything; a float's square is
-       exact in double, so that fused multiply-add changes nothing. */
-    GS_VECTORS static void gs_squares32(const uint32_t *GS_RESTRICT x, size_t n, double *sum, uint32_t *max,
-                                        uint32_t *min)
-    {
-        double acc[GS_LANES] = {0};
-        uint32_t hi[GS_LANES] = {0}, lo[GS_LANES];
-        size_t i, whole = n - n % GS_LANES;
-        int j, w;
-        for (j = 0; j < GS_LANES; j++) lo[j] = UINT32_MAX;
-        for (i = 0; i < whole; i += GS_LANES)
-            for (j = 0; j < GS_LANES; j++) {
-                uint32_t m = x[i + j] & 0x7fffffffu, below = m - 1;
-                float f;
-                memcpy(&f, &m, 4);
-                acc[j] += (double)f * (double)f;
-                hi[j] = hi[j] > m ? hi[j] : m;
-                lo[j] = lo[j] < below ? lo[j] : below;
-            }
-        for (; i < n; i++) {
-            uint32_t m = x[i] & 0x7fffffffu, below = m - 1;
-            float f;
-            memcpy(&f, &m, 4);
-            acc[i - whole] += (double)f * (double)f;
-            hi[0] = hi[0] > m ? hi[0] : m;
-            lo[0] = lo[0] < below ? lo[0] : below;
-        }
-        for (w = GS_LANES / 2; w; w /= 2)
-            for (j = 0; j < w; j++) {
-                acc[j] += acc[j + w];
-                hi[j] = hi[j] > hi[j + w] ? hi[j] : hi[j + w];
-                lo[j] = lo[j] < lo[j + w] ? lo[j] : lo[j + w];
-            }
-        *sum = acc[0];
-        *max = hi[0];
-        *min = lo[0];
-    }
-
-    GS_VECTORS static void gs_squares64(const uint64_t *GS_RESTRICT x, size_t n, double *sum, uint64_t *max,
-                                        uint64_t *min)
-    {
-        double acc[GS_LANES] = {0};
-        uint64_t hi[GS_LANES] = {0}, lo[GS_LANES];
-        size_t i, whole = n - n % GS_LANES;
-        int j, w;
-        for (j = 0; j < GS_LANES; j++) lo[j] = UINT64_MAX;
-        for (i = 0; i < whole; i += GS_LANES)
-            for (j = 0; j < GS_LANES; j++) {
-                uint64_t m = x[i + j] & 0x7fffffffffffffffull, below = m - 1;
-                double f;
-                memcpy(&f, &m, 8);
-                acc[j] += f * f;
-                hi[j] = hi[j] > m ? hi[j] : m;
-                lo[j] = lo[j] < below ? lo[j] : below;
-            }
-        for (; i < n; i++) {
-            uint64_t m = x[i] & 0x7fffffffffffffffull, below = m - 1;
-            double f;
-            memcpy(&f, &m, 8);
-            acc[i - whole] += f * f;
-            hi[0] = hi[0] > m ? hi[0] : m;
-            lo[0] = lo[0] < below ? lo[0] : below;
-        }
-        for (w = GS_LANES / 2; w; w /= 2)
-            for (j = 0; j < w; j++) {
-                acc[j] += acc[j + w];
-                hi[j] = hi[j] > hi[j + w] ? hi[j] : hi[j + w];
-                lo[j] = lo[j] < lo[j + w] ? lo[j] : lo[j + w];
-            }
-        *sum = acc[0];
-        *max = hi[0];
-        *min = lo[0];
-    }
-
-    GS_VECTORS static void gs_range16(const uint16_t *GS_RESTRICT x, size_t n, uint32_t *max, uint32_t *min)
+    VECTORS static void gs_range16(const uint16_t *RESTRICT x, size_t n, uint32_t *max, uint32_t *min)
     {
         uint16_t hi = 0, lo = UINT16_MAX;
         size_t i;
@@ -141,7 +67,7 @@ cdef extern from *:
     #define GS_ONE32 (1ull << 40)
 
     /* Two tables, so that equal neighbours do not wait for each other's store. */
-    static void gs_tally32(const uint32_t *x, size_t n, uint64_t *GS_RESTRICT even, uint64_t *GS_RESTRICT odd)
+    static void gs_tally32(const uint32_t *x, size_t n, uint64_t *RESTRICT even, uint64_t *RESTRICT odd)
     {
         size_t i, whole = n - n % 8;
         int j;
@@ -169,7 +95,7 @@ cdef extern from *:
         }
     }
 
-    static void gs_tally16(const uint16_t *x, size_t n, uint32_t *GS_RESTRICT even, uint32_t *GS_RESTRICT odd)
+    static void gs_tally16(const uint16_t *x, size_t n, uint32_t *RESTRICT even, uint32_t *RESTRICT odd)
     {
         size_t i, whole = n - n % 8;
         int j;
@@ -181,7 +107,7 @@ cdef extern from *:
         for (; i < n; i++) even[x[i] & 0x7fff]++;
     }
 
-    static void gs_tally8(const uint8_t *x, size_t n, uint32_t *GS_RESTRICT even, uint32_t *GS_RESTRICT odd)
+    static void gs_tally8(const uint8_t *x, size_t n, uint32_t *RESTRICT even, uint32_t *RESTRICT odd)
     {
         size_t i, whole = n - n % 8;
         int j;
@@ -201,8 +127,12 @@ cdef extern from *:
     const uint64_t GS_INF64
     const uint64_t GS_ABS64
     long long gs_pread(int fd, void *to, size_t n, long long at) nogil
-    void gs_squares32(const uint32_t *x, size_t n, double *sum, uint32_t *max, uint32_t *min) nogil
-    void gs_squares64(const uint64_t *x, size_t n, double *sum, uint64_t *max, uint64_t *min) nogil
+    ctypedef struct block_sums:
+        double squares
+        uint64_t most
+        uint64_t least
+    void gs_squares32(const uint32_t *x, size_t n, block_sums *out) nogil
+    void gs_squares64(const uint64_t *x, size_t n, block_sums *out) nogil
     void gs_range16(const uint16_t *x, size_t n, uint32_t *max, uint32_t *min) nogil
     void gs_tally32(const uint32_t *x, size_t n, uint64_t *even, uint64_t *odd) nogil
     void gs_tally64(const uint64_t *x, size_t n, gs_entry64 *table) nogil
@@ -442,11 +372,13 @@ cdef class Scanner:
     # --- float32 ---
 
     cdef void scan_float32(self, const uint32_t *x, size_t n) noexcept nogil:
+        cdef block_sums block
         cdef double sum
         cdef uint32_t top, bottom
         if self.pending > FLUSH32:
             self.flush_float32()
-        gs_squares32(x, n, &sum, &top, &bottom)
+        gs_squares32(x, n, &block)
+        sum, top, bottom = block.squares, <uint32_t>block.most, <uint32_t>block.least
         gs_tally32(x, n, self.table32, self.table32 + BINS32 + GAP)
         if top >= 0x7F800000 or bottom < 0x007FFFFF:
             self.correct_float32(x, n, &sum, &top, &bottom)
@@ -573,11 +505,13 @@ cdef class Scanner:
     # --- float64 ---
 
     cdef void scan_float64(self, const uint64_t *x, size_t n) noexcept nogil:
+        cdef block_sums block
         cdef double sum
         cdef uint64_t top, bottom
         if self.pending > FLUSH64:
             self.flush_float64()
-        gs_squares64(x, n, &sum, &top, &bottom)
+        gs_squares64(x, n, &block)
+        sum, top, bottom = block.squares, block.most, block.least
         gs_tally64(x, n, self.table64)
         if top >= GS_INF64 or bottom < GS_LOW64:
             self.correct_float64(x, n, &sum, &top)
