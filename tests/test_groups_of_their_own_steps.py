@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 import warnings
 from pathlib import Path
 
@@ -171,3 +174,50 @@ def test_clipping_at_infinity_is_no_limit(tmp_path: Path) -> None:
     assert (overall.max_norm, overall.max_norm_changes, overall.steps) == (2.0, 0, 15)
     assert overall.clip_rate == (D_NORMS[:30:2] > 2).mean()
     assert run("group.gradscope", [2.0, np.inf] * 15).groups[0].max_norm == 2.0
+
+
+def test_screens_say_over_how_many_steps(tmp_path: Path) -> None:
+    source = gan(tmp_path)
+    shown = VIEWS["table"](inspect(source), ViewChoices(width=100))
+    assert re.search(r"^  clip group +updates +max_norm", shown, re.M)
+    assert re.search(r"^  D +60 ", shown, re.M)
+    assert re.search(rf"^  G +{len(G)} +2 ", shown, re.M)
+    assert re.search(r"^  layer +updates +median norm", shown, re.M)
+    for policies in (["norm:2"], ["norm:2", "norm:1"]):
+        simulated = VIEWS["table"](simulate(source, policies), ViewChoices(width=100))
+        assert re.search(r"^  clip group +updates ", simulated, re.M)
+        assert re.search(rf"^  G +{len(G)} ", simulated, re.M)
+    every = {"all": ["D.weight"]}
+    rows = [row(step, [D[step][0]], max_norm=2.0) for step in range(30)]
+    whole = open_source(write(tmp_path / "whole.gradscope", described({"D.weight": (4, 2)}, every), rows))
+    assert "updates  " not in VIEWS["table"](inspect(whole), ViewChoices())
+
+
+def test_what_never_had_a_gradient_has_no_number(tmp_path: Path) -> None:
+    rows = [row(step, [D[step][0], None], max_norm=2.0, spectra="all") for step in range(30)]
+    shapes = {name: SHAPES[name] for name in GROUPS["D"]}
+    source = open_source(write(tmp_path / "frozen.gradscope", described(shapes), rows))
+    inspection = inspect(source)
+    bias = summary(inspection).tensors[1]
+    assert (bias.steps, bias.zeros, bias.share, bias.rms) == (0, 0, 0.0, 0.0)
+    assert np.isnan(bias.l2_norm.p50)
+    assert not any("zero in every step" in finding for finding in inspection.findings)
+    shown = VIEWS["table"](inspection, ViewChoices(by="tensor", top=9, sort="order"))
+    assert re.search(r"^  D.bias +0 +– ", shown, re.M)
+    assert "nan" not in shown
+    simulated = simulate(source, ["per-tensor-norm:1", "value:0.5"], groups={"bias": "*.bias"})
+    _, group = simulated.results[0].groups
+    assert (group.steps, np.isnan(group.clip_rate)) == (0, True)
+    assert "nan" not in VIEWS["table"](simulated, ViewChoices())
+
+
+def test_csv_says_what_a_run_clipped_of_its_groups(tmp_path: Path) -> None:
+    source = gan(tmp_path)
+    text = VIEWS["csv"](inspect(source), ViewChoices(by="group"))
+    _, generator = csv.DictReader(io.StringIO(text))
+    assert (generator["steps"], generator["max_norm"], generator["limited_steps"]) == (str(len(G)), "2.0", str(len(G)))
+    assert float(generator["clip_rate"]) == (G_NORMS > 2).mean()
+    regrouped = VIEWS["csv"](inspect(source, groups={"g": "G.*"}), ViewChoices(by="group"))
+    assert "max_norm" not in regrouped
+    told = list(csv.DictReader(io.StringIO(VIEWS["csv"](simulate(source, ["norm:2"]), ViewChoices()))))
+    assert [line["steps"] for line in told if line["name"] == "G"] == [str(len(G))] * 2

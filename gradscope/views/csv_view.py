@@ -25,7 +25,7 @@ SIMULATION_COLUMNS = (
     "effective_steps", "clipped_steps", "share", "norm_min", "norm_p50", "norm_p95", "norm_max", "scale_p50",
     "scale_mean", "norm_ratio_p50", "direction_change_deg_p50", "direction_change_deg_mean", "direction_change_deg_max",
     "direction_change_error_deg",
-    "clipped_elements", "clipped_elements_error",
+    "clipped_elements", "clipped_elements_error", "steps",
 )  # fmt: skip
 
 
@@ -36,7 +36,10 @@ def inspection_csv(inspection: results.Inspection, choices: ViewChoices) -> str:
         by: By = "tensor" if inspection.source.kind == "norm-log" else choices.by
         rows = _chosen(gradient_rows(inspection.gradients, by), choices)
         updated = any(row.update_ratio is not None for row in rows)
-        return _csv(_gradient_record(row, updated) for row in rows)
+        run = inspection.recorded if by == "group" else None
+        clipped = {group.name: group for group in run.groups} if run is not None else {}
+        clipped = clipped if all(row.name in clipped for row in rows) else {}
+        return _csv({**_gradient_record(row, updated), **_recorded(clipped.get(row.name))} for row in rows)
     known = [
         (optimizer.name, _chosen(optimizer_rows(optimizer, choices.by), choices)) for optimizer in inspection.optimizers
     ]
@@ -53,7 +56,22 @@ def _gradient_record(row: NormRow, updated: bool) -> Record:
     spread = row.spread or Spread.constant(float("nan"))
     norms: Record = {f"l2_norm_{name}": value for name, value in asdict(spread).items()}
     update: Record = {"update_ratio": row.update_ratio} if updated else {}
-    return {"name": row.name, "numel": row.numel, "share": row.share, **norms, **update, **_tensor_record(row)}
+    known = {**norms, **update, **_tensor_record(row), "steps": row.steps}
+    return {"name": row.name, "numel": row.numel, "share": row.share, **known}
+
+
+def _recorded(group: results.RecordedClipping | None) -> Record:
+    """What a run clipped of a clip group; nothing where these are not the groups that it clipped."""
+    if group is None:
+        return {}
+    return {
+        "max_norm": group.max_norm,
+        "clip_value": group.clip_value,
+        **_clipping(group.clip_rate if group.steps else None, group.clip_rate_ci95, group.effective_steps),
+        "clipped_steps": group.clipped_steps,
+        "limited_steps": group.steps,
+        "recent_clip_rate": group.recent.clip_rate if group.steps else None,
+    }
 
 
 def _optimizer_record(optimizer: str, row: NormRow) -> Record:
@@ -138,6 +156,7 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
             **_norms(group.norm),
             "scale_p50": group.scale.p50,
             **_direction(group.direction_change_deg),
+            "steps": group.steps,
         }
     for phase in policy.phases:
         phase_record: Record = {"scope": "phase", "clip_rate": phase.clip_rate, "scale_p50": phase.scale.p50}
@@ -151,6 +170,7 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
             "direction_change_deg_mean": layer.direction_change_deg,
             "clipped_elements": layer.clipped_elements,
             "clipped_elements_error": layer.clipped_elements_error,
+            "steps": layer.steps,
         }
 
 
@@ -168,7 +188,7 @@ def _steps(steps: tuple[int, int]) -> Record:
     return {"first_step": steps[0], "last_step": steps[1]}
 
 
-def _clipping(rate: float, interval: tuple[float, float] | None, effective_steps: float) -> Record:
+def _clipping(rate: float | None, interval: tuple[float, float] | None, effective_steps: float) -> Record:
     low, high = interval or (None, None)
     return {"clip_rate": rate, "clip_rate_low": low, "clip_rate_high": high, "effective_steps": effective_steps}
 

@@ -111,10 +111,10 @@ def _gradient_blocks(
     if recorded is not None and len(recorded.groups) > 1:
         yield recorded_table(recorded, gradients if own and not by_group else None)
     if len(gradients.groups) > 1 and not by_group and not own:
-        yield _gradient_table(gradients, gradient_rows(gradients, "group"), None, "clip group")
+        yield _gradient_table(inspection, gradients, gradient_rows(gradients, "group"), None, "clip group")
     rows = ordered(gradient_rows(gradients, choices.by), choices.sort)
     shown, rest = shown_and_folded(rows, choices.top, choices.by)
-    yield _gradient_table(gradients, shown, rest, _heading(choices.by))
+    yield _gradient_table(inspection, gradients, shown, rest, _heading(choices.by))
 
 
 def _series_table(gradients: results.GradientSummary, choices: ViewChoices) -> Table:
@@ -126,7 +126,7 @@ def _series_table(gradients: results.GradientSummary, choices: ViewChoices) -> T
 
 def _whole(gradients: results.GradientSummary) -> NormRow:
     total = gradients.global_
-    return NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2_norm)
+    return NormRow("whole gradient", total.l2_norm.p50, None, total.numel, total.l2_norm, steps=total.steps)
 
 
 def _heading(by: By) -> str:
@@ -134,10 +134,15 @@ def _heading(by: By) -> str:
 
 
 def _gradient_table(
-    gradients: results.GradientSummary, rows: Sequence[NormRow], rest: NormRow | None, what: str
+    inspection: results.Inspection,
+    gradients: results.GradientSummary,
+    rows: Sequence[NormRow],
+    rest: NormRow | None,
+    what: str,
 ) -> Table:
     several = gradients.global_.l2_norm.min < gradients.global_.l2_norm.max
-    return norm_table(gradient_fields(what, rows, several), rows, rest, _whole(gradients))
+    fields = gradient_fields(what, rows, several, gradients.global_.steps, step_word(inspection.source))
+    return norm_table(fields, rows, rest, _whole(gradients))
 
 
 def _step_table(steps: Sequence[results.StepRow], label: str) -> Table:

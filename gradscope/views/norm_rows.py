@@ -21,7 +21,7 @@ MOST_ROWS = 12
 class NormRow:
     """One tensor, layer or clip group, or several folded into one.  ``norm`` is the median, recent or weight norm.
 
-    What is not known is None.
+    ``steps`` is how many steps the numbers are over.  What is not known is None.
     """
 
     name: str
@@ -33,6 +33,7 @@ class NormRow:
     mean_norm: float | None = None
     consistency: float | None = None
     update_ratio: float | None = None
+    steps: int | None = None
 
 
 def gradient_rows(gradients: results.GradientSummary, by: By) -> list[NormRow]:
@@ -48,6 +49,7 @@ def gradient_rows(gradients: results.GradientSummary, by: By) -> list[NormRow]:
             entry.l2_norm,
             entry if isinstance(entry, results.TensorNorm) else None,
             update_ratio=None if isinstance(entry, results.GroupNorm) else entry.update_ratio,
+            steps=entry.steps,
         )
         for entry in entries
     ]
@@ -119,6 +121,8 @@ def ordered(rows: list[NormRow], sort: Sort) -> list[NormRow]:
         return sorted(rows, key=lambda row: row.name)
 
     def size(row: NormRow) -> float:
+        if row.steps == 0:
+            return -1.0
         value = row.share if sort == "share" else row.norm
         return math.inf if value is None or math.isnan(value) else value
 

@@ -13,6 +13,9 @@ from gradscope.views.cells import consistency, known
 from gradscope.views.norm_rows import NormRow
 from gradscope.views.screen import Column, Row, Table
 
+# Of what had no gradient at any step.
+_NEVER = "–"
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
@@ -38,9 +41,16 @@ def _cells(fields: Iterable[Field], row: NormRow) -> tuple[str, ...]:
     return tuple(field.text(row) for field in fields)
 
 
-def gradient_fields(what: str, rows: Sequence[NormRow], several_steps: bool) -> list[Field]:
-    """The columns for gradients: one norm, or its spread over the steps."""
+def gradient_fields(
+    what: str, rows: Sequence[NormRow], several_steps: bool, all_steps: int | None = None, steps: str = "steps"
+) -> list[Field]:
+    """The columns for gradients: one norm, or its spread over the steps.
+
+    Where a row's numbers are not over ``all_steps``, a column says over how many ``steps`` they are.
+    """
     fields = [name_field(what)]
+    if several_steps and any(row.steps not in (None, all_steps) for row in rows):
+        fields.append(Field(Column(steps, spare=1), lambda row: known(row.steps, count)))
     updated = [UPDATE] if any(row.update_ratio is not None for row in rows) else []
     if several_steps:
         fields += [
@@ -85,12 +95,18 @@ def name_field(what: str) -> Field:
 
 def norm_field(title: str) -> Field:
     """The column of a single norm."""
-    return Field(Column(title), lambda row: known(row.norm, number))
+    return Field(Column(title), lambda row: _NEVER if row.steps == 0 else known(row.norm, number))
 
 
 def _spread_field(title: str, statistic: str, spare: int = 0) -> Field:
     value = attrgetter(statistic)
-    return Field(Column(title, spare=spare), lambda row: number(value(row.spread)) if row.spread else "")
+
+    def text(row: NormRow) -> str:
+        if row.steps == 0:
+            return _NEVER
+        return number(value(row.spread)) if row.spread else ""
+
+    return Field(Column(title, spare=spare), text)
 
 
 def _tensor_fields(rows: Sequence[NormRow]) -> list[Field]:

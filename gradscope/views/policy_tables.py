@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from gradscope import results
 from gradscope.findings import policy_words, step_word
 from gradscope.notation import angle, count, names, number, percent
-from gradscope.views.cells import factor
+from gradscope.views.cells import factor, known
 from gradscope.views.screen import Column, Row, Table
 
 MOST_LAYERS = 8
@@ -139,15 +140,22 @@ def group_table(simulation: results.Simulation, width: int) -> Table:
     """The clip groups: all of one policy, or the clip rates of several side by side."""
     policies = simulation.results
     first = policies[0].groups
+    counted = any(group.steps not in (None, simulation.steps - simulation.nonfinite_steps) for group in first)
+    steps = Column(step_word(simulation.source), spare=1)
     if len(policies) > 1:
         titles = [group.name for group in first]
         alike = [policy for policy in policies if [group.name for group in policy.groups] == titles]
         rates = [(policy, [group.clip_rate for group in policy.groups]) for policy in alike]
-        rows = [[group.name, percent(group.share), number(group.norm.p50)] for group in first]
-        columns = [Column("clip group", "left"), Column("share", spare=1), Column("median norm", spare=2)]
+        rows = [
+            [group.name, *[known(group.steps, count)] * counted, percent(group.share), _or_none(group.norm.p50, number)]
+            for group in first
+        ]
+        shown = [steps] * counted
+        columns = [Column("clip group", "left"), *shown, Column("share", spare=1), Column("median norm", spare=2)]
         return _side_by_side(columns, rows, rates, width)
     columns = [
         Column("clip group", "left"),
+        *[steps] * counted,
         Column("clipped"),
         Column("median norm", spare=2),
         Column("scale", spare=3),
@@ -158,10 +166,11 @@ def group_table(simulation: results.Simulation, width: int) -> Table:
         Row(
             (
                 group.name,
-                percent(group.clip_rate),
-                number(group.norm.p50),
-                factor(group.scale.p50),
-                angle(group.direction_change_deg.p50),
+                *[known(group.steps, count)] * counted,
+                _or_none(group.clip_rate, percent),
+                _or_none(group.norm.p50, number),
+                _or_none(group.scale.p50, factor),
+                _or_none(group.direction_change_deg.p50, angle),
                 percent(group.share),
             ),
             bar=group.share,
@@ -171,6 +180,11 @@ def group_table(simulation: results.Simulation, width: int) -> Table:
     return Table(
         tuple(columns), tuple(lines), caption=_sampled(simulation, policies[0].group_steps, "scale and direction")
     )
+
+
+def _or_none(value: float, text: Callable[[float], str]) -> str:
+    """What is not known because there was no gradient has no number."""
+    return _UNKNOWN if math.isnan(value) else text(value)
 
 
 def _sampled(simulation: results.Simulation, steps: int | None, what: str) -> str:
@@ -195,7 +209,7 @@ def _side_by_side(
         fitting = _fitting(titles, width - _width(columns, rows))
     for title, (_, values) in zip(titles[:fitting], rates, strict=False):
         columns = [*columns, Column(title)]
-        rows = [[*row, percent(value)] for row, value in zip(rows, values, strict=True)]
+        rows = [[*row, _or_none(value, percent)] for row, value in zip(rows, values, strict=True)]
     caption = ["under each policy: clipped", *_with_csv("", titles[fitting:])]
     return Table(tuple(columns), tuple(Row(tuple(row)) for row in rows), caption="; ".join(caption))
 
@@ -227,7 +241,8 @@ def layer_table(simulation: results.Simulation) -> Table | None:
     if not layerwise:
         return None
     policy = layerwise[0]
-    changed = sorted(policy.layers, key=lambda layer: (-layer.direction_change_deg, layer.scale))
+    met = [layer for layer in policy.layers if layer.steps != 0]
+    changed = sorted(met, key=lambda layer: (-layer.direction_change_deg, layer.scale))
     columns = [Column("layer", "left"), Column("clipped"), Column("scale", spare=1, note=_SCALE), Column("direction")]
     by_element = any(layer.clipped_elements for layer in policy.layers)
     columns += [Column("elements clipped", spare=2)] if by_element else []
