@@ -278,3 +278,93 @@ def test_a_killed_training_is_told_with_the_steps_that_it_holds(work: Path) -> N
     line = done.stderr.splitlines()[0]
     assert line.startswith("Recorded 4 updates") or line.startswith("Recorded 5 updates")
     assert line.endswith("it is cut off: the command was killed by SIGKILL")
+
+
+def run_with(work: Path, line: str, steps: int = 5, wait: float = 0.8) -> subprocess.CompletedProcess[str]:
+    """Record a script that trains, waits until it is on disk, and then does what ``line`` says."""
+    (work / "ends.py").write_text(
+        f"import os, shutil, sys, time\nfrom train import train\ntrain({steps})\ntime.sleep({wait})\n{line}\n"
+    )
+    return record("-o", "run", "--", sys.executable, "ends.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("os._exit(4)", 4), ("os.execv(sys.executable, [sys.executable, '-c', ''])", 0)]
+)
+def test_a_process_that_skips_its_end_is_not_called_killed(line: str, code: int, work: Path) -> None:
+    done = run_with(work, line)
+    assert done.returncode == code
+    summary, following = done.stderr.splitlines()
+    assert summary.startswith("Recorded 5 updates") and "killed" not in summary
+    assert summary.endswith("it is cut off: a process ended without closing its trace")
+    assert following == "Next: gradscope inspect run.gradscope"
+
+
+def test_a_trace_without_a_step_is_removed_and_not_recommended(work: Path) -> None:
+    done = run_with(work, "os._exit(4)", steps=1, wait=0)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("gradscope: nothing was recorded: a process ended without closing its trace, before the")
+    assert not list(work.glob("*.gradscope"))
+
+
+def test_a_trace_that_the_script_deletes_has_disappeared(work: Path) -> None:
+    done = run_with(work, "shutil.rmtree('run.gradscope')")
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1].startswith("gradscope: the trace run.gradscope has disappeared")
+    assert "no optimizer step was seen" not in done.stderr
+
+
+def test_after_a_failed_write_the_steps_on_disk_are_counted(work: Path) -> None:
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nimport time\n"
+    (work / "full.py").write_text(
+        limited + "from train import train\nfor _ in range(10):\n    train(20)\n    time.sleep(0.3)\n"
+    )
+    done = record("-o", "run", "--", sys.executable, "full.py")
+    held = gradscope.inspect(work / "run.gradscope").source.steps
+    assert 0 < held < 200
+    told, summary, warning, following = done.stderr.splitlines()
+    assert told.startswith(f"gradscope: recording stopped after {held} of ") and told.endswith("steps: File too large")
+    assert summary.startswith(f"Recorded {held} updates, ")
+    assert warning == f"warning: {told.removeprefix('gradscope: ')}"
+    assert following == "Next: gradscope inspect run.gradscope"
+
+
+def test_nothing_is_left_of_a_trace_that_no_step_could_be_written_to(work: Path) -> None:
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))\n"
+    (work / "full.py").write_text(limited + "from train import train\ntrain(200)\n")
+    done = record("-o", "run", "--", sys.executable, "full.py")
+    assert done.stderr.splitlines()[-1] == (
+        "gradscope: nothing was recorded: recording stopped after 0 of 200 steps: File too large"
+    )
+    assert not list(work.glob("*.gradscope"))
+
+
+def test_descriptors_that_a_program_closes_end_the_recording_only(work: Path) -> None:
+    done = run_with(work, "os.closerange(3, 200)\ntrain(5)\nprint('trained')")
+    assert (done.returncode, done.stdout) == (0, "trained\n")
+    assert "Traceback" not in done.stderr
+    assert "recording stopped after 5 of 10 steps: the program has closed its file descriptor" in done.stderr
+    assert gradscope.inspect(work / "run.gradscope").source.steps == 5
+
+
+def test_the_trace_at_the_path_asked_for_comes_first(work: Path) -> None:
+    for number in range(2, 10):
+        (work / f"run-{number}.gradscope").write_text("taken")
+    (work / "sweep.py").write_text(
+        "import subprocess, sys\nfrom train import train\ntrain(2)\n"
+        "for steps in '34':\n    subprocess.run([sys.executable, 'train.py', steps], stdout=subprocess.DEVNULL)\n"
+    )
+    done = record("-o", "run", "--", sys.executable, "sweep.py")
+    *summaries, following = done.stderr.splitlines()
+    traces = [line.partition(": ")[2].partition(" ")[0] for line in summaries]
+    assert traces == ["run.gradscope", "run-10.gradscope", "run-11.gradscope"]
+    assert following == "Next: gradscope inspect run.gradscope"
+
+
+def test_a_worker_whose_steps_were_not_written_is_told(work: Path) -> None:
+    (work / "pool.py").write_text(
+        "import os\nfrom train import train\ntrain(3)\nif not os.fork():\n    train(1)\n    os._exit(0)\nos.wait()\n"
+    )
+    done = record("-o", "run", "--", sys.executable, "pool.py")
+    assert "warning: 1 more process ended before the first step was written" in done.stderr.splitlines()
+    assert [path.name for path in work.glob("*.gradscope")] == ["run.gradscope"]

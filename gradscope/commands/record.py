@@ -140,6 +140,8 @@ def _say_what_was_recorded(settings: RecordSettings, code: int) -> None:
             _say(f"warning: {finding.message}")
     if left and (why := settings.note(STOPPED)) is not None:
         _say(f"warning: {why}")
+    if left and len(left) < len(traces):
+        _say(f"warning: {outcome.lost(len(traces) - len(left))}")
     readable = next((trace for trace in left if trace.steps), None)
     if readable is not None and not settings.quiet:
         _say(outcome.next_command(readable))

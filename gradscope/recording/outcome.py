@@ -92,6 +92,11 @@ def _bytes_on_disk(path: Path) -> int:
     return total
 
 
+def lost(processes: int) -> str:
+    """What is to be said of processes whose traces were ``removed``."""
+    return f"{processes} more process{'' if processes == 1 else 'es'} ended before the first step was written"
+
+
 def next_command(trace: LaunchedTrace) -> str:
     """What to do with the trace."""
     return f"Next: gradscope inspect {shlex.quote(_shown(trace.path))}"

@@ -78,7 +78,11 @@ def remove_if_empty(path: Path) -> bool:
 
 def _belongs(directory: Path, metadata: TraceMetadata) -> bool:
     """Whether ``directory`` is this run's and waits for this rank: a single process shares with nobody."""
-    streams = [entry.name for entry in directory.iterdir()]
+    try:
+        streams = [entry.name for entry in directory.iterdir()]
+    except OSError:
+        # A file, or somebody else's.
+        return False
     if stream_name(metadata.rank) in streams:
         return False
     if metadata.world_size == 1:
