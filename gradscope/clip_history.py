@@ -123,7 +123,7 @@ def describe_run(
     ``names`` are those of the clip groups, ``index`` (int64) and ``finite`` (bool) are [steps]; ``norms`` and
     ``max_abs`` are float64 [steps, groups], ``joint`` norms float64 [steps].
     """
-    limited = history.limited() & finite[:, None] & ~np.isnan(norms)
+    limited = history.limited() & finite[:, None] & np.isfinite(norms)
     clipped = history.clipped(norms, max_abs) & limited
     differ = history.decided_otherwise(norms) & limited
     groups = tuple(

@@ -228,14 +228,16 @@ def _recorded(source: GradientSource, columns: _Columns) -> results.RecordedRun 
     if not history.met:
         norms = np.column_stack([columns.norms(group) for group in members])
         max_abs = np.column_stack([columns.max_abs[:, group].max(axis=1, initial=0.0) for group in members])
+    joint = columns.norms(range(len(source.tensors)))
     return describe_run(
         history,
         [group.name for group in source.groups],
         columns.index,
-        np.asarray(~columns.nonfinite.any(axis=1)),
+        # The square of a finite gradient may not be.
+        np.isfinite(joint),
         norms,
         max_abs,
-        columns.norms(range(len(source.tensors))),
+        joint,
     )
 
 

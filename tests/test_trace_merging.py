@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from trace_rows import described, row, write
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientStep
+from gradscope.inspection import inspect
 from gradscope.sources import open_source
 from gradscope.sources.traces import RecordedTrace
 from gradscope.trace.schema import TraceMetadata
@@ -259,3 +261,29 @@ def test_metadata_that_differs_from_what_is_recorded_so_far(tmp_path: Path) -> N
     source = opened(write(tmp_path / "run.gradscope", metadata, [row(0, [np.array([1.0])])]))
     assert [tensor.name for tensor in source.tensors] == ["a"]
     assert [group.name for group in source.groups] == ["now"]
+
+
+def test_bins_that_mean_nothing_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = row(0, [np.ones(4)])
+    assert bad.measurement.group_bins is not None
+    bad.measurement.group_bins.code[:] = 16383
+    # As if the stream had changed since its rows were checked.
+    monkeypatch.setattr("gradscope.trace.rows.Rows.check", lambda rows, sizes: None)
+    source = open_source(write(tmp_path / "run.gradscope", described({"a.weight": (4,)}), [bad]))
+    (step,) = source.read_steps(range(1))
+    with pytest.raises(GradscopeError, match=r"rank-00000\.arrows: is damaged: a bin code"):
+        step.group_spectra[0]
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300])
+def test_a_loss_scale_that_makes_everything_huge_is_no_warning(tmp_path: Path, scale: float) -> None:
+    rows = [
+        row(step, [np.ones(4) * (1 + step)], max_norm=1.0, grad_scale=scale, returned_norm=2.0) for step in range(9)
+    ]
+    source = open_source(write(tmp_path / "run.gradscope", described({"a.weight": (4,)}), rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inspection = inspect(source)
+    assert inspection.gradients is not None and inspection.recorded is not None
+    assert inspection.gradients.global_.l2_norm.max == math.inf
+    assert inspection.recorded.overall.steps == 0

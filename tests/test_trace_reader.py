@@ -361,6 +361,7 @@ def edited(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda t: t["tensors"][0].update(name="b.weight"), "two tensors 'b.weight'"),
         (lambda t: t["groups"][0].update(tensors=[0, 99]), "names a tensor that there is not"),
         (lambda t: t["groups"][0].update(tensors=[0, -1]), "names a tensor that there is not"),
+        (lambda t: t["groups"][0].update(tensors=[0, 0]), "the group .* names a tensor twice"),
         (lambda t: t["groups"][0].update(name="second"), "two groups 'second'"),
         (lambda t: t["groups"][0].update(tensors=[0]), "more tensors than its group"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.errors import GradscopeError
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.trace.bins import decode
 from gradscope.trace.measurement import Bins
@@ -161,15 +162,18 @@ class _Part:
 
     def _decoded(self, bins: Bins, row: int, tensors: slice) -> MagnitudeSpectrum:
         sum_squares, max_abs, zeros, nan, inf = (self.rows.lists[name].of(row)[tensors] for name in PER_TENSOR)
-        return decode(
-            bins,
-            float(np.nansum(sum_squares)),
-            float(max_abs.max(initial=0.0)),
-            int(zeros.sum()),
-            int(nan.sum()),
-            int(inf.sum()),
-            float(self.scale()[row]),
-        )
+        try:
+            return decode(
+                bins,
+                float(np.nansum(sum_squares)),
+                float(max_abs.max(initial=0.0)),
+                int(zeros.sum()),
+                int(nan.sum()),
+                int(inf.sum()),
+                float(self.scale()[row]),
+            )
+        except ValueError as error:
+            raise GradscopeError(str(self.rank.trace.stream.path), f"is damaged: {error}") from None
 
 
 def merged_steps(run: RecordedRun, places: range) -> Iterator[MergedSteps]:
@@ -296,7 +300,8 @@ class _GroupValues:
         self._has_row[at] = True
         self._grad_scale[at] = scale
         for name, target in self.values.items():
-            target[at] = single[name][placed] if name == "norm_type" else single[name][placed] / scale
+            with np.errstate(over="ignore", under="ignore"):
+                target[at] = single[name][placed] if name == "norm_type" else single[name][placed] / scale
             self.given[name][at] = part.rows.present[name][placed]
         self._stepped[at] = np.where(part.rows.present["stepped"], single["stepped"], -1)[placed]
         self._add_gradient(part)

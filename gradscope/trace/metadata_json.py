@@ -113,7 +113,8 @@ def _check(metadata: TraceMetadata) -> None:
     _check_unique("tensor", [tensor.name for tensor in metadata.tensors])
     _check_unique("group", [group.name for group in metadata.groups])
     for group in metadata.groups:
-        _check_unique(f"tensor of the group {group.name}", group.tensors)
+        if len(set(group.tensors)) < len(group.tensors):
+            raise ValueError(f"the group {group.name!r} names a tensor twice")
         if not all(0 <= i < len(metadata.tensors) for i in group.tensors):
             raise ValueError(f"the group {group.name!r} names a tensor that there is not")
 
