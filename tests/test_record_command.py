@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 import gradscope
+from gradscope.recording.outcome import launched_traces
+from gradscope.recording.settings import RecordSettings
 from gradscope.recording.trace_names import default_trace, next_free
+from gradscope.trace.metadata_json import metadata_to_json
+from gradscope.trace.schema import TraceMetadata
 
 ROOT = Path(__file__).parent.parent
 CLEAN = {
@@ -347,18 +351,21 @@ def test_descriptors_that_a_program_closes_end_the_recording_only(work: Path) ->
     assert gradscope.inspect(work / "run.gradscope").source.steps == 5
 
 
-def test_the_trace_at_the_path_asked_for_comes_first(work: Path) -> None:
-    for number in range(2, 10):
-        (work / f"run-{number}.gradscope").write_text("taken")
-    (work / "sweep.py").write_text(
-        "import subprocess, sys\nfrom train import train\ntrain(2)\n"
-        "for steps in '34':\n    subprocess.run([sys.executable, 'train.py', steps], stdout=subprocess.DEVNULL)\n"
-    )
-    done = record("-o", "run", "--", sys.executable, "sweep.py")
-    *summaries, following = done.stderr.splitlines()
-    traces = [line.partition(": ")[2].partition(" ")[0] for line in summaries]
-    assert traces == ["run.gradscope", "run-10.gradscope", "run-11.gradscope"]
-    assert following == "Next: gradscope inspect run.gradscope"
+def test_the_trace_at_the_path_asked_for_comes_first_then_the_others_by_number(work: Path) -> None:
+    settings = RecordSettings(str(work / "run.gradscope"), "this launch", str(work), ("python", "train.py"))
+    for started, (name, launch) in enumerate(
+        [
+            ("run-10", "this launch"),
+            ("run-9", "this launch"),
+            ("run", "this launch"),
+            ("run-2", "another"),
+            ("run-old", "this launch"),
+        ]
+    ):
+        (work / f"{name}.gradscope").mkdir()
+        held = TraceMetadata(started=float(started), steps=5, extra={"launch": launch})
+        (work / f"{name}.gradscope" / "trace.json").write_bytes(metadata_to_json(held))
+    assert [trace.path.stem for trace in launched_traces(settings)] == ["run", "run-9", "run-10"]
 
 
 def test_a_worker_whose_steps_were_not_written_is_told(work: Path) -> None:
