@@ -324,7 +324,11 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class PolicyGroup:
-    """One clip group under one policy.  Rate and spreads are over the finite ``steps`` at which it had a gradient."""
+    """One clip group under one policy.  Rate and spreads are over the finite ``steps`` at which it had a gradient.
+
+    They are NaN where there is none, and, but for ``norm``, where the policy needs more than the norm of a group that
+    shares tensors with one before it.
+    """
 
     name: str
     clip_rate: float

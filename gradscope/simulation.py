@@ -382,14 +382,15 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
 def _policy_groups(series: Series, run: _Run, whole: bool) -> tuple[results.PolicyGroup, ...]:
     """Each clip group over the steps at which it was there.
 
-    Of a group that shares tensors with one before it, only a policy that takes its ``whole`` norm can be told.
+    Of a group that shares tensors with one before it nothing but the norm is known, so that only a policy that takes
+    the ``whole`` of it can be told; else its rate is NaN.
     """
     shares = _energy_shares(run)
     there = ~np.isnan(run.groups.norms)
     return tuple(
         results.PolicyGroup(
             name=name,
-            clip_rate=_share(series.triggered[there[:, i], i]),
+            clip_rate=_share(series.triggered[there[:, i], i]) if whole or run.groups.first[i] else math.nan,
             norm=Spread.of(run.groups.norms[there[:, i], i]),
             scale=Spread.of(_not_nan(series.scale[:, i])),
             direction_change_deg=Spread.of(_not_nan(series.angle[:, i])),
@@ -397,7 +398,6 @@ def _policy_groups(series: Series, run: _Run, whole: bool) -> tuple[results.Poli
             steps=int(there[:, i].sum()),
         )
         for i, name in enumerate(run.groups.names)
-        if whole or run.groups.first[i]
     )
 
 

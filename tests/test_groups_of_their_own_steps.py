@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from recorded import record
 from trace_rows import described, row, write
 
 from gradscope import results
@@ -150,7 +152,10 @@ def test_policies_are_told_of_groups_that_share_tensors(tmp_path: Path) -> None:
     largest = np.maximum(firsts, seconds)
     assert result.results[0].clip_rate == (largest > 3).mean()
     # Of what met the second call, tensors' norms are not known.
-    assert [group.name for group in result.results[1].groups] == ["all"]
+    one, other = result.results[1].groups
+    assert one.clip_rate == (firsts > 3).mean()
+    assert np.isnan(other.clip_rate)
+    assert other.norm.p50 == pytest.approx(np.median(seconds))
     assert result.suggested_max_norm_overall["0.10"] == pytest.approx(np.sort(largest)[-5])
     assert [rung.clip_rate for rung in result.sweep if rung.max_norm == 3.0] == [(largest > 3).mean()]
 
@@ -221,3 +226,39 @@ def test_csv_says_what_a_run_clipped_of_its_groups(tmp_path: Path) -> None:
     assert "max_norm" not in regrouped
     told = list(csv.DictReader(io.StringIO(VIEWS["csv"](simulate(source, ["norm:2"]), ViewChoices()))))
     assert [line["steps"] for line in told if line["name"] == "G"] == [str(len(G))] * 2
+
+
+def test_a_layer_without_spectra_at_its_steps_has_its_rate_alone(tmp_path: Path) -> None:
+    rows = [row(step, [D[step][0]], spectra="all" if step % 10 == 0 else "group") for step in range(STEPS)]
+    rows += [row(step, [G[step]], group=1) for step in G if step % 10]
+    metadata = described(
+        {name: SHAPES[name] for name in ("D.weight", "G.weight")}, {"D": ["D.weight"], "G": GROUPS["G"]}
+    )
+    source = open_source(write(tmp_path / "gan.gradscope", metadata, sorted(rows, key=lambda row: row.step)))
+    simulation = simulate(source, ["value:0.8"])
+    layer = simulation.results[0].layers[1]
+    assert layer.clip_rate == np.mean([np.abs(g).max() > 0.8 for step, g in G.items() if step % 10])
+    assert np.isnan(layer.scale)
+    assert re.search(r"^  G +[0-9.]+ % +– +–", VIEWS["table"](simulation, ViewChoices()), re.M)
+
+
+def test_a_norm_logged_at_infinity_and_a_clip_beside_it(tmp_path: Path) -> None:
+    """A training loop's own idiom: clip at infinity to have the norm, then clip."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    norms = []
+
+    def train() -> None:
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).pow(2).mean().backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+
+    torch.manual_seed(0)
+    record(tmp_path, train)
+    run = inspect(open_source(tmp_path / "run.gradscope")).recorded
+    assert run is not None
+    assert (run.overall.max_norm, run.overall.max_norm_changes) == (0.5, 0)
+    assert run.overall.clip_rate == (np.array(norms) > 0.5).mean()

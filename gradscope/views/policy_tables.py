@@ -242,13 +242,14 @@ def layer_table(simulation: results.Simulation) -> Table | None:
         return None
     policy = layerwise[0]
     met = [layer for layer in policy.layers if layer.steps != 0]
-    changed = sorted(met, key=lambda layer: (-layer.direction_change_deg, layer.scale))
+    changed = sorted(met, key=lambda layer: (math.isnan(layer.scale), -layer.direction_change_deg, layer.scale))
     columns = [Column("layer", "left"), Column("clipped"), Column("scale", spare=1, note=_SCALE), Column("direction")]
     by_element = any(layer.clipped_elements for layer in policy.layers)
     columns += [Column("elements clipped", spare=2)] if by_element else []
     rows = []
     for layer in changed[:MOST_LAYERS]:
-        cells = [layer.name, percent(layer.clip_rate), factor(layer.scale), angle(layer.direction_change_deg)]
+        changes = [_or_none(layer.scale, factor), _or_none(layer.direction_change_deg, angle)]
+        cells = [layer.name, percent(layer.clip_rate), *changes]
         rows.append(Row((*cells, *[_clipped_elements(layer)] * by_element)))
     hidden = len(changed) - MOST_LAYERS
     sampled = _sampled(simulation, policy.layer_steps, "scale, direction and elements")
