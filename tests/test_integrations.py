@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from real_training import _rsl_rl_environment, rsl_rl_settings
+from recorded import read_rows
 
 import gradscope
 from gradscope import GradscopeError
@@ -144,15 +147,13 @@ def test_lightning_training_that_raises_is_closed_at_once(tmp_path: Path) -> Non
 # --- Transformers -----------------------------------------------------------------------------------------------------
 
 
-def test_a_transformers_trainer_is_recorded_from_start_to_end(tmp_path: Path) -> None:
+def fine_tune(callback: Any, out: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-
-    from gradscope.integrations.transformers import RecordGradients
 
     config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     rows = [{"input_ids": (ids := torch.randint(0, 20, (4,))), "labels": ids} for _ in range(8)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"),
+        output_dir=str(out),
         max_steps=5,
         per_device_train_batch_size=2,
         report_to=[],
@@ -161,8 +162,13 @@ def test_a_transformers_trainer_is_recorded_from_start_to_end(tmp_path: Path) ->
         save_strategy="no",
         logging_strategy="no",
     )
-    callback = RecordGradients(tmp_path / "run.gradscope", detail="norms")
     Trainer(model=GPT2LMHeadModel(config), args=arguments, train_dataset=rows, callbacks=[callback]).train()
+
+
+def test_a_transformers_trainer_is_recorded_from_start_to_end(tmp_path: Path) -> None:
+    from gradscope.integrations.transformers import RecordGradients
+
+    fine_tune(RecordGradients(tmp_path / "run.gradscope", detail="norms"), tmp_path / "out")
     step_once()
     recorded = metadata(tmp_path / "run.gradscope")
     assert recorded["steps"] == 5 and recorded["ended"] is not None
@@ -215,6 +221,63 @@ def test_rsl_rl_training_that_raises_is_closed_at_once(tmp_path: Path) -> None:
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def train_with(framework: str, path: Path) -> None:
+    """Train with the framework's own way of recording to ``path``."""
+    if framework == "rsl_rl":
+        from gradscope.integrations.rsl_rl import record
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            trained = runner()
+            record(trained, path)
+            trained.learn(1)
+        return
+    callback = import_module(f"gradscope.integrations.{framework}").RecordGradients(path)
+    if framework == "sb3":
+        ppo().learn(32, callback=callback)
+    elif framework == "lightning":
+        fit(callback)
+    else:
+        fine_tune(callback, path.parent / "out")
+
+
+@pytest.mark.parametrize(("framework", "steps"), [("sb3", 4), ("lightning", 6), ("transformers", 5), ("rsl_rl", 4 * 4)])
+def test_a_callback_and_a_recorder_around_it_record_the_same(framework: str, steps: int, tmp_path: Path) -> None:
+    with gradscope.Recorder(tmp_path / "all.gradscope"):
+        step_once()
+        train_with(framework, tmp_path / "run.gradscope")
+        step_once()
+    inner, outer = read_rows(tmp_path / "run.gradscope"), read_rows(tmp_path / "all.gradscope")
+    assert metadata(tmp_path / "run.gradscope")["steps"] == steps
+    groups = len(metadata(tmp_path / "run.gradscope")["groups"])
+    assert len(inner) == steps * groups == len(outer) - 2
+    assert [row["returned_norm"] for row in inner] == [row["returned_norm"] for row in outer[1:-1]]
+    assert [row["sum_squares"] for row in inner] == [row["sum_squares"] for row in outer[1:-1]]
+
+
+def test_a_callback_of_a_recorded_command_has_a_trace_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "from test_integrations import ppo, step_once\n"
+        "from gradscope.integrations.sb3 import RecordGradients\n"
+        "ppo().learn(32, callback=RecordGradients('own'))\n"
+        "step_once()\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-m", "gradscope", "record", "-o", "all", "--", sys.executable, "train.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("Recorded 5 updates, 2 clip groups")
+    assert metadata(tmp_path / "own.gradscope")["steps"] == 4
+    assert [row["sum_squares"] for row in read_rows(tmp_path / "own.gradscope")] == [
+        row["sum_squares"] for row in read_rows(tmp_path / "all.gradscope")[:-1]
+    ]
 
 
 def test_an_existing_trace_is_refused_before_anything_trains(tmp_path: Path) -> None:
