@@ -308,20 +308,21 @@ def _effect(policy: Policy, replays: Mapping[ElementPolicy, Replay], run: _Run, 
         return _of_overlapping(policy, effect, run, convention) if run.groups.overlap else effect
     assert isinstance(policy, ElementPolicy)
     effect = replays[policy].effect()
-    return replace(effect, groups=_known_groups(effect.groups, run)) if run.groups.overlap else effect
+    return _of_overlapping(policy, effect, run, convention) if run.groups.overlap else effect
 
 
-def _of_overlapping(policy: ScalePolicy, effect: Effect, run: _Run, convention: Convention) -> Effect:
+def _of_overlapping(policy: Policy, effect: Effect, run: _Run, convention: Convention) -> Effect:
     """The ``effect`` where clip groups share tensors: each by the gradient that it met, a step by any of them."""
-    if policy.unit != "group":
+    groups, met = run.groups, effect.met
+    if isinstance(policy, ScalePolicy) and policy.unit == "group":
+        numel = np.array([run.layout.numel[held].sum() for held in groups.members], dtype=np.int64)
+        factors = policy.factors(groups.norms, numel, convention)
+        turned = np.where(factors.scale > 0.0, 0.0, np.nan)
+        met = Series(factors.triggered, factors.scale, factors.scale, turned).where(~np.isnan(groups.norms))
+    if met is None:
         return replace(effect, groups=_known_groups(effect.groups, run))
-    groups = run.groups
-    numel = np.array([run.layout.numel[held].sum() for held in groups.members], dtype=np.int64)
-    factors = policy.factors(groups.norms, numel, convention)
-    turned = np.where(factors.scale > 0.0, 0.0, np.nan)
-    series = Series(factors.triggered, factors.scale, factors.scale, turned).where(~np.isnan(groups.norms))
-    triggered = effect.joint.triggered | factors.triggered.any(axis=1, keepdims=True)
-    return replace(effect, groups=series, joint=replace(effect.joint, triggered=triggered))
+    triggered = effect.joint.triggered | met.triggered.any(axis=1, keepdims=True)
+    return replace(effect, groups=met, met=met, joint=replace(effect.joint, triggered=triggered))
 
 
 def _known_groups(series: Series, run: _Run) -> Series:
@@ -332,12 +333,14 @@ def _known_groups(series: Series, run: _Run) -> Series:
     ]
     nothing = np.full((len(series.scale), 1), np.nan)
     never = np.zeros((len(series.triggered), 1), dtype=np.bool_)
-    return Series(
+    known = Series(
         np.hstack([series.triggered, never])[:, columns],
         np.hstack([series.scale, nothing])[:, columns],
         np.hstack([series.norm_ratio, nothing])[:, columns],
         np.hstack([series.angle, nothing])[:, columns],
     )
+    there = ~np.isnan(run.groups.norms)
+    return known.where(there) if there.shape == known.scale.shape else known
 
 
 def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[range]) -> results.PolicyResult:
@@ -357,7 +360,7 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
         direction_change_error_deg=effect.angle_error,
         clipped_elements=effect.clipped.likely,
         clipped_elements_error=effect.clipped.error,
-        groups=_policy_groups(effect.groups, run, whole=isinstance(policy, ScalePolicy) and policy.unit == "group"),
+        groups=_policy_groups(effect.groups, run, all_known=effect.met is not None),
         phases=tuple(_phase(phase, effect, run, last=phase is phases[-1]) for phase in phases),
         recent=_recent_clipping(clipped, run),
         layers=tuple(
@@ -379,18 +382,18 @@ def _policy_result(policy: Policy, effect: Effect, run: _Run, phases: Sequence[r
     )
 
 
-def _policy_groups(series: Series, run: _Run, whole: bool) -> tuple[results.PolicyGroup, ...]:
+def _policy_groups(series: Series, run: _Run, all_known: bool) -> tuple[results.PolicyGroup, ...]:
     """Each clip group over the steps at which it was there.
 
-    Of a group that shares tensors with one before it nothing but the norm is known, so that only a policy that takes
-    the ``whole`` of it can be told; else its rate is NaN.
+    Of a group that shares tensors with one before it what its tensors did is not known: its rate is NaN, unless what
+    the policy does to it is known without (``all_known``).
     """
     shares = _energy_shares(run)
     there = ~np.isnan(run.groups.norms)
     return tuple(
         results.PolicyGroup(
             name=name,
-            clip_rate=_share(series.triggered[there[:, i], i]) if whole or run.groups.first[i] else math.nan,
+            clip_rate=_share(series.triggered[there[:, i], i]) if all_known or run.groups.first[i] else math.nan,
             norm=Spread.of(run.groups.norms[there[:, i], i]),
             scale=Spread.of(_not_nan(series.scale[:, i])),
             direction_change_deg=Spread.of(_not_nan(series.angle[:, i])),

@@ -262,3 +262,34 @@ def test_a_norm_logged_at_infinity_and_a_clip_beside_it(tmp_path: Path) -> None:
     assert run is not None
     assert (run.overall.max_norm, run.overall.max_norm_changes) == (0.5, 0)
     assert run.overall.clip_rate == (np.array(norms) > 0.5).mean()
+
+
+def kept_by(gradient: np.ndarray, v: float) -> float:
+    return float((np.clip(gradient, -v, v) * gradient).sum() / (gradient**2).sum())
+
+
+def test_clipping_by_value_is_told_of_groups_that_share_tensors(tmp_path: Path) -> None:
+    firsts, seconds = [D[step][0] for step in range(40)], [4 * D[step][0][::-1] for step in range(1, 41)]
+    passes = [pair for step in range(40) for pair in (row(step, [firsts[step]]), row(step, [seconds[step]], group=1))]
+    metadata = described({"weight": (4, 2)}, {"all": ["weight"], "second": ["weight"]})
+    result = simulate(open_source(write(tmp_path / "sam.gradscope", metadata, passes)), ["value:1.5"]).results[0]
+    for group, gradients in zip(result.groups, (firsts, seconds), strict=True):
+        assert group.clip_rate == np.mean([np.abs(g).max() > 1.5 for g in gradients])
+        assert group.scale.mean == pytest.approx(np.mean([kept_by(g, 1.5) for g in gradients]), rel=0.01)
+    assert result.clip_rate == np.mean([np.abs(b).max() > 1.5 for b in np.maximum(np.abs(firsts), np.abs(seconds))])
+
+
+def test_clipping_by_value_where_one_call_follows_another(tmp_path: Path) -> None:
+    """The same parameters are clipped by one line for a while, then by another."""
+    rows = [row(step, [D[step][0]], group=int(step >= 25), max_norm=1.0) for step in range(50)]
+    metadata = described({"weight": (4, 2)}, {"warm-up": ["weight"], "main": ["weight"]})
+    source = open_source(write(tmp_path / "run.gradscope", metadata, rows))
+    result = simulate(source, ["value:1", "norm:2"])
+    by_value, by_norm = result.results
+    assert by_value.scale.mean == pytest.approx(np.mean([kept_by(D[step][0], 1.0) for step in range(50)]), rel=0.01)
+    for number, group in enumerate(by_value.groups):
+        own = [D[step][0] for step in range(25 * number, 25 * number + 25)]
+        assert (group.steps, by_norm.groups[number].steps) == (25, 25)
+        assert group.clip_rate == np.mean([np.abs(g).max() > 1.0 for g in own])
+        assert group.scale.mean == pytest.approx(np.mean([kept_by(g, 1.0) for g in own]), rel=0.01)
+        assert by_norm.groups[number].clip_rate == np.mean([norm_of(g) > 2.0 for g in own])

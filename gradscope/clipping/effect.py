@@ -120,7 +120,8 @@ class LayerMeans:
 class Effect:
     """What a policy does to a run; ``angle_error`` is the largest half-width of a joint angle's interval (degrees).
 
-    ``clipped`` counts the elements that it clamps, over all steps.
+    ``clipped`` counts the elements that it clamps, over all steps.  ``met`` has the clip groups of a source that share
+    tensors, each by the gradient that it met itself, where that is known.
     """
 
     joint: Series
@@ -128,6 +129,7 @@ class Effect:
     layers: LayerMeans
     angle_error: float = 0.0
     clipped: ClippedCount = NOTHING
+    met: Series | None = None
 
 
 def effect_of_scaling(parts: Iterable[tuple[Moments, BoolArray, BoolArray | None]], layout: TensorLayout) -> Effect:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from gradscope.clipping.effect import BoolArray, Effect, LayerTotals, Series
 from gradscope.clipping.layout import Partition, TensorLayout
 from gradscope.clipping.policy import ElementPolicy, FloatArray
 from gradscope.errors import GradscopeError
+from gradscope.selection import first_groups
 from gradscope.value_clip import ValueClip
 
 if TYPE_CHECKING:
@@ -34,23 +36,19 @@ class ClipByValue(ElementPolicy):
 
     def replay(self, source: GradientSource, layout: TensorLayout) -> _ValueReplay:
         """A replay that reads each step's spectra.  It raises GradscopeError at a step that lacks what is needed."""
-        return _ValueReplay(self.label, self.arguments[0], layout, _members(source))
+        return _ValueReplay(self.label, self.arguments[0], source, layout)
 
 
 class _ValueReplay:
-    """One row per step for the joint gradient and the clip groups; layers are summed up as they come.
+    """One row per step for the joint gradient and the clip groups; layers are summed up as they come."""
 
-    ``recorded`` holds the tensors of the source's clip groups, None where those do not divide its tensors.
-    """
-
-    def __init__(
-        self, label: str, clip_value: float, layout: TensorLayout, recorded: dict[int, NDArray[np.intp]] | None
-    ) -> None:
+    def __init__(self, label: str, clip_value: float, source: GradientSource, layout: TensorLayout) -> None:
         self._label = label
         self._clip_value = clip_value
+        self._source = source
         self._layout = layout
-        self._recorded = recorded
-        self._unions = _unions(recorded, layout.groups)
+        self._divisions: dict[bytes, _Division] = {}
+        self._met: list[Series] | None = None if first_groups(source.groups).all() else []
         self._joint: list[Series] = []
         self._groups: list[Series] = []
         self._layers = LayerTotals(len(layout.layers))
@@ -59,11 +57,12 @@ class _ValueReplay:
 
     def see(self, step: GradientStep) -> None:
         layout, over = self._layout, step.max_abs[None] > self._clip_value
-        recorded = self._recorded_clips(step)
+        division = self._division(step)
+        recorded = self._recorded_clips(step, division.members)
         tensors = self._clips(step.spectra, step.max_abs)
         groups = None if tensors is None else _merge(tensors, layout.groups)
-        if recorded is not None and self._unions is not None:
-            groups = _merge(recorded, self._unions)
+        if recorded is not None and division.unions is not None:
+            groups = _merge(recorded, division.unions)
         in_groups, in_layers = (
             None if step.present is None else sets.any(step.present[None]) for sets in (layout.groups, layout.layers)
         )
@@ -79,6 +78,12 @@ class _ValueReplay:
         layers = None if tensors is None else _merge(tensors, layout.layers)
         counts: list[ClippedCount] = [] if layers is None else [clip.clipped for clip in layers]
         self._layers.add(_series(layers, layout.layers.any(over), in_layers)[0], counts, in_layers)
+        if self._met is not None:
+            met = self._what_groups_met(step)
+            if met is None:
+                self._met = None
+            else:
+                self._met.append(met)
 
     def effect(self) -> Effect:
         groups = Series.concatenate(self._groups, len(self._layout.groups))
@@ -94,14 +99,36 @@ class _ValueReplay:
             layers=self._layers.means(),
             angle_error=self._angle_error,
             clipped=self._clipped,
+            met=None if self._met is None else Series.concatenate(self._met, len(self._source.groups)),
         )
 
-    def _recorded_clips(self, step: GradientStep) -> list[ValueClip] | None:
-        """One clip per clip group of the source, where the step holds their spectra."""
-        if self._recorded is None or not step.group_spectra:
+    def _division(self, step: GradientStep) -> _Division:
+        """The clip groups that tell of the tensors at ``step``: a step holds those of its optimizers alone."""
+        totals = step.recorded.totals if step.recorded is not None else None
+        there = np.ones(len(self._source.groups), dtype=np.bool_) if totals is None else totals.present
+        key = there.tobytes()
+        if key not in self._divisions:
+            members = _members(self._source, there)
+            self._divisions[key] = _Division(members, _unions(members, self._layout.groups))
+        return self._divisions[key]
+
+    def _recorded_clips(
+        self, step: GradientStep, division: dict[int, NDArray[np.intp]] | None
+    ) -> list[ValueClip] | None:
+        """One clip per clip group of the ``division``, where the step holds their spectra."""
+        if division is None or not step.group_spectra:
             return None
-        largest = [float(step.max_abs[members].max(initial=0.0)) for members in self._recorded.values()]
-        return self._clips([step.group_spectra[place] for place in self._recorded], largest)
+        largest = [float(step.max_abs[members].max(initial=0.0)) for members in division.values()]
+        return self._clips([step.group_spectra[place] for place in division], largest)
+
+    def _what_groups_met(self, step: GradientStep) -> Series | None:
+        """All clip groups of the source, each by the gradient that it met itself, where the step holds that."""
+        totals = step.recorded.totals if step.recorded is not None else None
+        clips = None if totals is None else self._clips(step.group_spectra, totals.max_abs)
+        if totals is None or clips is None:
+            return None
+        there = totals.present & (totals.nonfinite == 0)
+        return _series(clips, (totals.max_abs > self._clip_value)[None], there[None])[0]
 
     def _clips(
         self, spectra: Sequence[MagnitudeSpectrum | None], largest: Sequence[float] | FloatArray
@@ -130,15 +157,28 @@ class _ValueReplay:
         )
 
 
-def _members(source: GradientSource) -> dict[int, NDArray[np.intp]] | None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Division:
+    """The tensors of the clip groups that divide a source's among them, and to which groups asked for each belongs.
+
+    None where no groups divide the tensors, or where one of them is divided itself.
+    """
+
+    members: dict[int, NDArray[np.intp]] | None
+    unions: Partition | None
+
+
+def _members(source: GradientSource, there: BoolArray) -> dict[int, NDArray[np.intp]] | None:
     """The clip groups of ``source``, by their place, that divide its tensors among them; None where none do.
 
-    A group that shares tensors with one before it met gradients that were clipped already.
+    Those that are ``there`` at a step come first.  A group that shares tensors with one before it met gradients that
+    were clipped already.
     """
     position = {tensor.name: i for i, tensor in enumerate(source.tensors)}
     members: dict[int, NDArray[np.intp]] = {}
     left = set(position)
-    for place, group in enumerate(source.groups):
+    for place in np.argsort(~there, kind="stable").tolist():
+        group = source.groups[place]
         if left.issuperset(group.tensors):
             members[place] = np.array([position[name] for name in group.tensors], dtype=np.intp)
             left.difference_update(group.tensors)
