@@ -24,111 +24,30 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
 
-    /* One build that runs everywhere and uses wide vectors where it finds them. It needs ifunc: gcc or clang 14,
-       glibc, x86-64. */
-    #if defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14) && defined(__x86_64__) && defined(__GLIBC__)
-    #define GM_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
-    #else
-    #define GM_VECTORS
-    #endif
-    #if defined(_MSC_VER)
-    #define GM_RESTRICT __restrict
-    #else
-    #define GM_RESTRICT restrict
-    #endif
-    #define GM_SUMS 32
     #define GM_PART 256
     #define GM_LANES 4
     #define GM_ONE (1ull << 40)
     #define GM_ABS64 0x7fffffffffffffffull
     #define GM_INF64 0x7ff0000000000000ull
 
-    /* What a block of elements comes to; ``least`` is the smallest non-zero magnitude's bits minus one. */
-    typedef struct { double squares; uint64_t most, least, zeros; } gm_block;
-
-    /* The sums are independent, so that the compiler may vectorise them without being allowed to reorder anything; a
-       float's square is exact in double, so that fused multiply-add changes nothing. */
-    GM_VECTORS static void gm_block32(const uint32_t *GM_RESTRICT x, size_t n, gm_block *out)
-    {
-        double acc[GM_SUMS] = {0};
-        uint32_t hi[GM_SUMS] = {0}, lo[GM_SUMS], zero[GM_SUMS] = {0};
-        size_t i, whole = n - n % GM_SUMS;
-        int j, w;
-        for (j = 0; j < GM_SUMS; j++) lo[j] = UINT32_MAX;
-        for (i = 0; i < whole; i += GM_SUMS)
-            for (j = 0; j < GM_SUMS; j++) {
-                uint32_t m = x[i + j] & 0x7fffffffu, below = m - 1;
-                float f;
-                memcpy(&f, &m, 4);
-                acc[j] += (double)f * (double)f;
-                hi[j] = hi[j] > m ? hi[j] : m;
-                lo[j] = lo[j] < below ? lo[j] : below;
-                zero[j] += m == 0;
-            }
-        for (; i < n; i++) {
-            uint32_t m = x[i] & 0x7fffffffu, below = m - 1;
-            float f;
-            memcpy(&f, &m, 4);
-            acc[i - whole] += (double)f * (double)f;
-            hi[0] = hi[0] > m ? hi[0] : m;
-            lo[0] = lo[0] < below ? lo[0] : below;
-            zero[0] += m == 0;
-        }
-        for (w = GM_SUMS / 2; w; w /= 2)
-            for (j = 0; j < w; j++) {
-                acc[j] += acc[j + w];
-                hi[j] = hi[j] > hi[j + w] ? hi[j] : hi[j + w];
-                lo[j] = lo[j] < lo[j + w] ? lo[j] : lo[j + w];
-                zero[j] += zero[j + w];
-            }
-        out->squares = acc[0];
-        out->most = hi[0];
-        out->least = lo[0] == UINT32_MAX ? UINT64_MAX : lo[0];
-        out->zeros = zero[0];
-    }
-
-    GM_VECTORS static void gm_block64(const uint64_t *GM_RESTRICT x, size_t n, gm_block *out)
-    {
-        double acc[GM_SUMS] = {0};
-        uint64_t hi[GM_SUMS] = {0}, lo[GM_SUMS], zero[GM_SUMS] = {0};
-        size_t i, whole = n - n % GM_SUMS;
-        int j, w;
-        for (j = 0; j < GM_SUMS; j++) lo[j] = UINT64_MAX;
-        for (i = 0; i < whole; i += GM_SUMS)
-            for (j = 0; j < GM_SUMS; j++) {
-                uint64_t m = x[i + j] & GM_ABS64, below = m - 1;
-                double f;
-                memcpy(&f, &m, 8);
-                acc[j] += f * f;
-                hi[j] = hi[j] > m ? hi[j] : m;
-                lo[j] = lo[j] < below ? lo[j] : below;
-                zero[j] += m == 0;
-            }
-        for (; i < n; i++) {
-            uint64_t m = x[i] & GM_ABS64, below = m - 1;
-            double f;
-            memcpy(&f, &m, 8);
-            acc[i - whole] += f * f;
-            hi[0] = hi[0] > m ? hi[0] : m;
-            lo[0] = lo[0] < below ? lo[0] : below;
-            zero[0] += m == 0;
-        }
-        for (w = GM_SUMS / 2; w; w /= 2)
-            for (j = 0; j < w; j++) {
-                acc[j] += acc[j + w];
-                hi[j] = hi[j] > hi[j + w] ? hi[j] : hi[j + w];
-                lo[j] = lo[j] < lo[j + w] ? lo[j] : lo[j + w];
-                zero[j] += zero[j + w];
-            }
-        out->squares = acc[0];
-        out->most = hi[0];
-        out->least = lo[0];
-        out->zeros = zero[0];
-    }
+    #define BLOCK_SUMS gm_block32
+    #define WORD uint32_t
+    #define REAL float
+    #define WORD_MAX UINT32_MAX
+    #define MAGNITUDE 0x7fffffffu
+    #define COUNT_ZEROS 1
+    #include "block_sums.h"
+    #define BLOCK_SUMS gm_block64
+    #define WORD uint64_t
+    #define REAL double
+    #define WORD_MAX UINT64_MAX
+    #define MAGNITUDE GM_ABS64
+    #define COUNT_ZEROS 1
+    #include "block_sums.h"
 
     /* What each element adds to its entry: 2**40 + low bits, and the square of these. */
-    GM_VECTORS static void gm_addends(const uint32_t *GM_RESTRICT x, size_t n, uint32_t *GM_RESTRICT bin,
-                                      uint64_t *GM_RESTRICT add)
+    VECTORS static void gm_addends(const uint32_t *RESTRICT x, size_t n, uint32_t *RESTRICT bin,
+                                      uint64_t *RESTRICT add)
     {
         size_t i;
         for (i = 0; i < n; i++) {
@@ -181,14 +100,14 @@ cdef extern from *:
         }
     }
 
-    GM_VECTORS static void gm_widen_bfloat16(const uint16_t *GM_RESTRICT x, size_t n, uint32_t *GM_RESTRICT out)
+    VECTORS static void gm_widen_bfloat16(const uint16_t *RESTRICT x, size_t n, uint32_t *RESTRICT out)
     {
         size_t i;
         for (i = 0; i < n; i++) out[i] = (uint32_t)x[i] << 16;
     }
 
     /* Integers and normal floats alone, so that it does not matter whether the processor takes subnormals for zeros. */
-    GM_VECTORS static void gm_widen_float16(const uint16_t *GM_RESTRICT x, size_t n, uint32_t *GM_RESTRICT out)
+    VECTORS static void gm_widen_float16(const uint16_t *RESTRICT x, size_t n, uint32_t *RESTRICT out)
     {
         size_t i;
         for (i = 0; i < n; i++) {
@@ -206,13 +125,13 @@ cdef extern from *:
     }
 
     /* The sums of squares of a - b, of floats and of doubles. */
-    GM_VECTORS static double gm_difference32(const float *GM_RESTRICT a, const float *GM_RESTRICT b, size_t n)
+    VECTORS static double gm_difference32(const float *RESTRICT a, const float *RESTRICT b, size_t n)
     {
-        double acc[GM_SUMS] = {0};
-        size_t i, whole = n - n % GM_SUMS;
+        double acc[BLOCK_LANES] = {0};
+        size_t i, whole = n - n % BLOCK_LANES;
         int j, w;
-        for (i = 0; i < whole; i += GM_SUMS)
-            for (j = 0; j < GM_SUMS; j++) {
+        for (i = 0; i < whole; i += BLOCK_LANES)
+            for (j = 0; j < BLOCK_LANES; j++) {
                 double d = (double)a[i + j] - (double)b[i + j];
                 acc[j] += d * d;
             }
@@ -220,18 +139,18 @@ cdef extern from *:
             double d = (double)a[i] - (double)b[i];
             acc[i - whole] += d * d;
         }
-        for (w = GM_SUMS / 2; w; w /= 2)
+        for (w = BLOCK_LANES / 2; w; w /= 2)
             for (j = 0; j < w; j++) acc[j] += acc[j + w];
         return acc[0];
     }
 
-    GM_VECTORS static double gm_difference64(const double *GM_RESTRICT a, const double *GM_RESTRICT b, size_t n)
+    VECTORS static double gm_difference64(const double *RESTRICT a, const double *RESTRICT b, size_t n)
     {
-        double acc[GM_SUMS] = {0};
-        size_t i, whole = n - n % GM_SUMS;
+        double acc[BLOCK_LANES] = {0};
+        size_t i, whole = n - n % BLOCK_LANES;
         int j, w;
-        for (i = 0; i < whole; i += GM_SUMS)
-            for (j = 0; j < GM_SUMS; j++) {
+        for (i = 0; i < whole; i += BLOCK_LANES)
+            for (j = 0; j < BLOCK_LANES; j++) {
                 double d = a[i + j] - b[i + j];
                 acc[j] += d * d;
             }
@@ -239,12 +158,12 @@ cdef extern from *:
             double d = a[i] - b[i];
             acc[i - whole] += d * d;
         }
-        for (w = GM_SUMS / 2; w; w /= 2)
+        for (w = BLOCK_LANES / 2; w; w /= 2)
             for (j = 0; j < w; j++) acc[j] += acc[j + w];
         return acc[0];
     }
     """
-    ctypedef struct gm_block:
+    ctypedef struct block_sums:
         double squares
         uint64_t most
         uint64_t least
@@ -255,8 +174,8 @@ cdef extern from *:
         double squares
     const uint64_t GM_ABS64
     const uint64_t GM_INF64
-    void gm_block32(const uint32_t *x, size_t n, gm_block *out) nogil
-    void gm_block64(const uint64_t *x, size_t n, gm_block *out) nogil
+    void gm_block32(const uint32_t *x, size_t n, block_sums *out) nogil
+    void gm_block64(const uint64_t *x, size_t n, block_sums *out) nogil
     void gm_tally32(const uint32_t *x, size_t n, uint64_t *table) nogil
     void gm_tally64(const uint64_t *x, size_t n, gm_bin *table) nogil
     void gm_widen_bfloat16(const uint16_t *x, size_t n, uint32_t *out) nogil
@@ -500,7 +419,7 @@ cdef class Tally:
             at += size
 
     cdef void add_float32(self, const uint32_t *x, size_t n, Totals *totals, bint tally) noexcept nogil:
-        cdef gm_block block
+        cdef block_sums block
         cdef float value
         cdef double top
         cdef uint32_t bits
@@ -557,7 +476,7 @@ cdef class Tally:
         return left
 
     cdef void add_float64(self, const uint64_t *x, size_t n, Totals *totals, bint tally) noexcept nogil:
-        cdef gm_block block
+        cdef block_sums block
         cdef uint64_t *kept = <uint64_t *>self.kept
         cdef uint64_t m
         cdef size_t i, left = 0
@@ -1575,7 +1494,7 @@ cdef double square_root_of_squares(const Piece *piece, uint32_t *room) noexcept 
     cdef uint64_t at = 0
     cdef size_t size
     cdef const char *data
-    cdef gm_block block
+    cdef block_sums block
     cdef double total = 0.0
     while at < piece.numel:
         size = BLOCK if piece.numel - at > BLOCK else piece.numel - at
