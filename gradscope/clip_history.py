@@ -25,7 +25,8 @@ class ClipHistory:
 
     A ``norm_type`` that is NaN counts as 2, and a limit that is infinite is none.  ``first`` (bool [groups]) says which
     groups share no tensor with one before them.  ``present`` (bool) says where a group is there; ``norm`` (NaN where it
-    holds NaN or Inf) and ``max_abs`` are those of what it met, NaN where that was not recorded.
+    holds NaN or Inf) and ``max_abs`` are those of what it met, at the steps at which that was recorded (``told``, bool
+    [steps]).
     """
 
     max_norm: FloatArray

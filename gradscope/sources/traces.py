@@ -67,7 +67,7 @@ def open_trace(path: Path) -> RecordedTrace:
 
 @dataclass(eq=False)
 class RecordedTrace(GradientSource):
-    """A recorded run, its ranks merged.  A tensor without a gradient at a step counts as zeros, as clipping sees it."""
+    """A recorded run, its ranks merged.  A tensor without a gradient at a step is zeros, and not ``present``."""
 
     run: RecordedRun | None = None
 
