@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,16 @@ def test_a_trace_that_no_step_could_be_written_to_is_removed(work: Path, capsys:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().err == "gradscope: recording stopped after 0 of 100 steps: File too large\n"
     assert not list(work.iterdir())
+
+
+def test_a_trace_made_anew_by_another_run_is_not_touched(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Recorder("run", quiet=True):
+        train(2)
+        shutil.rmtree("run.gradscope")
+        with Recorder("run", quiet=True) as other:
+            train(3)
+    assert capsys.readouterr().err == f"gradscope: recording stopped: {other.path} has disappeared\n"
+    assert len(read_rows(work / "run.gradscope")) == 3
 
 
 def test_what_lies_in_a_trace_beside_its_own_files_is_kept(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

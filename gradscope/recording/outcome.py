@@ -59,7 +59,7 @@ def _read(path: Path, settings: RecordSettings) -> LaunchedTrace | None:
 
 def removed(trace: LaunchedTrace) -> bool:
     """Whether the trace held not a single step, and is no more."""
-    return not trace.steps and not trace.running and remove_if_empty(trace.path)
+    return not trace.steps and not trace.running and remove_if_empty(trace.path, trace.metadata.run)
 
 
 def summary(trace: LaunchedTrace, code: int) -> str:

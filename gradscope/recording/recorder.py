@@ -36,7 +36,7 @@ from gradscope.recording.recorder_options import name_globs, one_of, whole_numbe
 from gradscope.recording.rows import RowQueue
 from gradscope.recording.sampling import Sampling
 from gradscope.recording.settings import MADE, STOPPED
-from gradscope.recording.trace_files import open_trace, remove_if_empty, steps_on_disk
+from gradscope.recording.trace_files import open_trace, remove_if_empty, run_of, steps_on_disk
 from gradscope.recording.trace_names import recorder_trace
 from gradscope.recording.updates import UpdateNorms
 from gradscope.recording.watcher import Watcher
@@ -286,16 +286,15 @@ class Recorder:
         self._metadata.steps = self._recorded if writer.error is None else None
         writer.close()
         if writer.error is not None and self._ended_early is None:
-            self._say(self._what_is_left(writer.error))
+            self._say(f"recording stopped{self._what_is_left(writer.error)}")
+        # A launcher is still to read what was found.
+        if self._ended_early is not None and self._launched is None and self._metadata.world_size == 1:
+            remove_if_empty(self.path, self._metadata.run)
 
     def _what_is_left(self, error: str) -> str:
-        """What a failed write has left; a trace without a step is not, unless its launcher is still to look at it."""
-        if not self.path.exists():
-            return f"recording stopped: {self.path} has disappeared"
-        steps = steps_on_disk(self.path)
-        if not steps and self._launched is None and self._metadata.world_size == 1:
-            remove_if_empty(self.path)
-        return f"recording stopped after {steps} of {self._recorded} steps: {error}"
+        if not self.path.exists() or run_of(self.path) not in (None, self._metadata.run):
+            return f": {self.path} has disappeared"
+        return f" after {steps_on_disk(self.path)} of {self._recorded} steps: {error}"
 
     def _say(self, what: str) -> None:
         self._ended_early = what

@@ -31,7 +31,7 @@ def open_trace(path: Path, metadata: TraceMetadata, force: bool) -> tuple[Path, 
     """
     from gradscope.trace.writer import TraceWriter
 
-    if force and is_trace(path) and _run_of(path) != metadata.run:
+    if force and is_trace(path) and run_of(path) != metadata.run:
         _replace(path)
     for number in range(1, MOST_TRACES):
         directory = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
@@ -50,13 +50,13 @@ def steps_on_disk(path: Path) -> int:
 
     most = 0
     for stream in path.glob("rank-*.arrows"):
-        with suppress(GradscopeError, ValueError):
+        with suppress(GradscopeError, ValueError, OSError):
             most = max(most, len(set(RankTrace.open(path, int(stream.stem.removeprefix("rank-"))).step.tolist())))
     return most
 
 
-def remove_if_empty(path: Path) -> bool:
-    """Remove a trace of which no rank has written a row, and that nobody writes to; whether it was one.
+def remove_if_empty(path: Path, run: str) -> bool:
+    """Remove the trace of ``run``, which nobody writes to any more, if no rank has written a row; whether it is gone.
 
     A directory that holds anything else stays.
     """
@@ -64,7 +64,7 @@ def remove_if_empty(path: Path) -> bool:
 
     try:
         entries = list(path.iterdir())
-        if not all(_OWN_FILE.fullmatch(entry.name) for entry in entries):
+        if run_of(path) != run or not all(_OWN_FILE.fullmatch(entry.name) for entry in entries):
             return False
         if any(RowStream.open(entry).blocks for entry in entries if entry.suffix == ".arrows"):
             return False
@@ -88,10 +88,11 @@ def _belongs(directory: Path, metadata: TraceMetadata) -> bool:
     if metadata.world_size == 1:
         return not streams
     # Another rank may just be making it: then there is no trace.json to ask yet.
-    return METADATA_FILE not in streams or _run_of(directory) == metadata.run
+    return METADATA_FILE not in streams or run_of(directory) == metadata.run
 
 
-def _run_of(path: Path) -> str | None:
+def run_of(path: Path) -> str | None:
+    """``TraceMetadata.run`` of the trace at ``path``; None where it cannot be read."""
     try:
         held = json.loads((path / METADATA_FILE).read_bytes())
     except (OSError, ValueError):
