@@ -387,10 +387,15 @@ class Recorder:
 
     def _group_of(self, call: ClipCall) -> int:
         """The number of the trace's group for ``call``, which gets one when it is first recorded."""
+        alone = call.parts[0][0] if len(call.parts) == 1 else None
+        if alone is not None and alone.number is not None:
+            return alone.number
         parts = tuple([group for group, measured in call.parts if measured is not None])
         index = self._groups.get(parts)
         if index is None:
             index = self._groups[parts] = self._define_group(parts, call)
+            if alone is not None:
+                alone.number = index
             self._changed()
         return index
 
