@@ -36,6 +36,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "Recorder":
+        # In a recorded command another recorder is made the moment torch is there: not halfway through that module.
+        import_module("torch")
     return getattr(import_module(_HOMES[name]), name)
 
 

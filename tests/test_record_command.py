@@ -368,6 +368,15 @@ def test_the_trace_at_the_path_asked_for_comes_first_then_the_others_by_number(w
     assert [trace.path.stem for trace in launched_traces(settings)] == ["run", "run-9", "run-10"]
 
 
+def test_a_script_that_records_itself_is_recorded_too(work: Path) -> None:
+    (work / "own.py").write_text(
+        "import gradscope\nwith gradscope.Recorder('own'):\n    from train import train\n    train(3)\ntrain(2)\n"
+    )
+    done = record("-o", "run", "--", sys.executable, "own.py")
+    assert done.stderr.startswith("Recorded 5 updates, ")
+    assert [metadata(f"{name}.gradscope")["steps"] for name in ("own", "run")] == [3, 5]
+
+
 def test_a_worker_whose_steps_were_not_written_is_told(work: Path) -> None:
     (work / "pool.py").write_text(
         "import os\nfrom train import train\ntrain(3)\nif not os.fork():\n    train(1)\n    os._exit(0)\nos.wait()\n"
