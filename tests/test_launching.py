@@ -115,10 +115,12 @@ def state(pid: int) -> str:
 
 
 def test_ctrl_z_stops_the_whole_job_and_fg_wakes_it() -> None:
-    command = [*RECORD, "sh", "-c", "echo $$; sleep 1; exit 6"]
+    # The shell starts nothing: stopped within its vfork it would wait in another state.
+    command = [*RECORD, "sh", "-c", "echo $$; read line; exit 6"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # process_group=0 says the same from Python 3.11 on.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=CLEAN, preexec_fn=os.setpgrp)  # noqa: PLW1509
-    assert process.stdout is not None
+    process = subprocess.Popen(command, **pipes, env=CLEAN, preexec_fn=os.setpgrp)  # noqa: PLW1509
+    assert process.stdin is not None and process.stdout is not None
     child = int(process.stdout.readline())
     os.killpg(process.pid, signal.SIGTSTP)
     assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
@@ -127,6 +129,7 @@ def test_ctrl_z_stops_the_whole_job_and_fg_wakes_it() -> None:
         time.sleep(0.01)
     assert state(child) == "T"
     os.killpg(process.pid, signal.SIGCONT)
+    process.stdin.close()
     assert process.wait(timeout=30) == 6
 
 
