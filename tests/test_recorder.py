@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,21 @@ def test_a_recording_says_nothing_where_all_is_well(capsys: pytest.CaptureFixtur
     with Recorder("run", start=2):
         train(3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_forked_child_that_trains_not_says_nothing(work: Path) -> None:
+    (work / "forks.py").write_text(
+        "import gradscope, os, sys, torch\n"
+        "with gradscope.Recorder('run'):\n"
+        "    if not os.fork():\n        sys.exit(5)\n"
+        "    print(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    root = str(Path(gradscope.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "forks.py"], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.stdout == "5\n"
+    assert done.stderr.count("nothing was recorded") == 1
 
 
 def test_a_trace_that_no_step_could_be_written_to_is_removed(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

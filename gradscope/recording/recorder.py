@@ -108,7 +108,7 @@ class Recorder:
         self._command = list(command) if command is not None else sys.orig_argv
         self._interception: Interception | None = None
         self._started = False
-        self._pid = os.getpid()
+        self._pid = self._first_pid = os.getpid()
         self._begin()
 
     def _begin(self) -> None:
@@ -197,7 +197,9 @@ class Recorder:
             self._note_unused(watch)
         self._close()
         if not self._quiet:
-            if self._ended_early is None and (why := self.why_nothing_was_recorded) is not None:
+            why = self.why_nothing_was_recorded
+            # A forked child seldom trains, and what failed has been told.
+            if why is not None and self._ended_early is None and self._pid == self._first_pid:
                 _tell(f"nothing was recorded: {why}")
             for finding in self._metadata.findings:
                 _tell(finding.message)
