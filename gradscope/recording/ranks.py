@@ -16,3 +16,9 @@ def rank_and_world() -> tuple[int, int]:
     if world.isdecimal() and rank.isdecimal() and int(rank) < int(world):
         return int(rank), int(world)
     return 0, 1
+
+
+def common_run() -> str:
+    """What the ranks of a distributed run share, and no other run does."""
+    named = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+    return " ".join(os.environ.get(name, "") for name in named)

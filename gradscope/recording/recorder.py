@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from gradscope.errors import GradscopeError
 from gradscope.recording.clip_calls import ClipCall
-from gradscope.recording.clip_groups import GroupBook, WatchedGroup, common_prefix
-from gradscope.recording.frameworks import framework_of, versions
+from gradscope.recording.clip_groups import GroupBook
+from gradscope.recording.frameworks import versions
 from gradscope.recording.interception import Interception
 from gradscope.recording.lint import ClipLint
-from gradscope.recording.meter import Meter
-from gradscope.recording.naming import ParameterNames
 from gradscope.recording.nothing_recorded import why_no_step
 from gradscope.recording.optimizers import OptimizerWatch
-from gradscope.recording.placement import describe, fsdp_shards, returned_is_partial
-from gradscope.recording.ranks import rank_and_world
+from gradscope.recording.ranks import common_run, rank_and_world
 from gradscope.recording.recorder_options import name_globs, one_of, whole_number
+from gradscope.recording.row_findings import look_at_norm, nonfinite_tensors
 from gradscope.recording.rows import RowQueue
 from gradscope.recording.sampling import Sampling
 from gradscope.recording.settings import MADE, STOPPED
 from gradscope.recording.trace_files import open_trace, remove_if_empty, run_of, steps_on_disk
+from gradscope.recording.trace_groups import TraceGroups
 from gradscope.recording.trace_names import recorder_trace
-from gradscope.recording.updates import UpdateNorms
 from gradscope.recording.watcher import Watcher
-from gradscope.trace.measurement import Measurement, Row, unpacked
-from gradscope.trace.schema import Detail, LintFinding, RecordedGroup, RecordedTensor, TraceMetadata
+from gradscope.trace.measurement import Row
+from gradscope.trace.schema import Detail, LintFinding, TraceMetadata
 
 if TYPE_CHECKING:
     from gradscope.recording.settings import RecordSettings
@@ -120,18 +114,16 @@ class Recorder:
             start=self._sampling.start,
             detail=self._sampling.detail,
         )
-        self._names = ParameterNames()
         self._writer: TraceWriter | None = None
         self._ended_early: str | None = None
-        self._groups: dict[tuple[WatchedGroup, ...], int] = {}
-        self._numbers: dict[str, list[int]] = {}
+        self._groups = TraceGroups(self._metadata, self._include, self._changed)
         self._graphs_before = _graphs_compiled()
         # To stop at a step, its row has to be looked at.
         self._rows = RowQueue(self._write, self._write_plain if self._stop_on is None else None)
         self._recorded = 0
         self._last_step = -1
         self._lint = ClipLint(self._metadata.findings, self._changed)
-        book = GroupBook(self._describe, self._extend)
+        book = GroupBook(self._groups.describe, self._groups.extend)
         self._watcher = Watcher(self, book, self._lint, self._sampling)
 
     @property
@@ -225,7 +217,7 @@ class Recorder:
         if step != self._last_step:
             self._recorded += 1
             self._last_step = step
-        self._rows.put(step, self._group_of(call), call, stepped, update_norms)
+        self._rows.put(step, self._groups.number_of(call), call, stepped, update_norms)
         # Otherwise the writer's thread drains them, many at a time.
         if self._writer is None or self._stop_on is not None:
             self._rows.drain()
@@ -270,6 +262,8 @@ class Recorder:
         metadata.versions = versions()
         if self._launched is not None:
             metadata.extra["launch"] = self._launched.launch
+        elif metadata.world_size > 1:
+            metadata.run = common_run()
         self.path, writer = open_trace(self.path, metadata, self._force)
         writer.at_times = partial(self._in_background, self._rows.measure)
         writer.before_flush = partial(self._in_background, self._rows.drain)
@@ -309,138 +303,20 @@ class Recorder:
             self._writer.metadata_changed()
 
     def _look_at(self, row: Row, call: ClipCall) -> None:
-        """What a row shows that the clip call alone did not."""
-        returned = row.returned_norm
         if row.stepped is False:
             return
-        if returned is not None and row.norm_type == 2.0 and self._include is None:
-            group = self._metadata.groups[row.group]
-            if not math.isfinite(returned):
-                self._look_at_infinite(row, call, group)
-            elif _is_coarse(call.total_norm) and row.max_norm is not None and not group.returned_partial:
-                exact = _norm(unpacked(row.measurement))
-                if (returned > row.max_norm) != (exact > row.max_norm):
-                    dtype = str(call.total_norm.dtype).removeprefix("torch.")
-                    self._lint.rounded(dtype, returned, exact, row.max_norm, row.step, group.name)
+        group = self._metadata.groups[row.group]
+        if self._include is None:
+            look_at_norm(row, call, group, self._lint)
         if self._stop_on == "nonfinite":
-            self._stop_at_nonfinite(row)
-
-    def _look_at_infinite(self, row: Row, call: ClipCall, group: RecordedGroup) -> None:
-        function = call.function or "clipping"
-        measured = unpacked(row.measurement)
-        if measured.nan.any() or measured.inf.any():
-            self._lint.nonfinite(function, call.where, row.step, group.name)
-        else:
-            self._lint.overflow(function, call.where, _norm(measured), row.step, group.name)
-
-    def _stop_at_nonfinite(self, row: Row) -> None:
-        measured = unpacked(row.measurement)
-        faults = (measured.nan + measured.inf).nonzero()[0]
-        if len(faults):
-            tensors = self._metadata.groups[row.group].tensors
-            names = [self._metadata.tensors[tensors[i]].name for i in faults]
-            self._watcher.fault = f"step {row.step}: the gradient of {', '.join(names[:3])} holds NaN or Inf"
-
-    # --- groups ------------------------------------------------------------------------------------------------------
-
-    def _describe(
-        self, parameters: list[Tensor], frame: FrameType | None, function: str | None, site: str
-    ) -> WatchedGroup:
-        if self._metadata.framework is None:
-            self._metadata.framework = framework_of(frame)
-        group = WatchedGroup(function, site, [], [])
-        self._extend(group, parameters, frame)
-        group.owned = self._names.have_an_optimizer(parameters)
-        return group
-
-    def _extend(self, group: WatchedGroup, parameters: list[Tensor], frame: FrameType | None) -> None:
-        first = len(group.ids)
-        names = self._names.name(parameters, frame)
-        group.remember(parameters)
-        held = [ref() for ref in group.refs]
-        group.smallest = min(range(len(held)), key=lambda i: math.inf if (p := held[i]) is None else p.numel())
-        kept = [i for i, name in enumerate(names) if self._included(name)]
-        if len(kept) < len(names) or group.kept is not None:
-            group.kept = [*(group.kept or range(first)), *(first + i for i in kept)]
-        group.names.extend(names[i] for i in kept)
-        shards = fsdp_shards()
-        group.tensors.extend(self._define(describe(names[i], parameters[i], shards)) for i in kept)
-        if group.names:
-            recorded = [ref for i, ref in enumerate(group.refs) if group.kept is None or i in group.kept]
-            group.meter = Meter(recorded)
-            group.updates = UpdateNorms(recorded)
-        for parts, index in self._groups.items():
-            if group in parts:
-                self._metadata.groups[index].tensors = [tensor for part in parts for tensor in part.tensors]
-        self._changed()
-
-    def _included(self, name: str) -> bool:
-        return self._include is None or any(fnmatchcase(name, glob) for glob in self._include)
-
-    def _define(self, tensor: RecordedTensor) -> int:
-        """The number of a tensor; one that takes the place of another of its name and shape takes its number too."""
-        of_that_name = self._numbers.setdefault(tensor.name, [])
-        for number in of_that_name:
-            if self._metadata.tensors[number] == tensor:
-                return number
-        of_that_name.append(len(self._metadata.tensors))
-        self._metadata.tensors.append(tensor)
-        return of_that_name[-1]
-
-    def _group_of(self, call: ClipCall) -> int:
-        """The number of the trace's group for ``call``, which gets one when it is first recorded."""
-        alone = call.parts[0][0] if len(call.parts) == 1 else None
-        if alone is not None and alone.number is not None:
-            return alone.number
-        parts = tuple([group for group, measured in call.parts if measured is not None])
-        index = self._groups.get(parts)
-        if index is None:
-            index = self._groups[parts] = self._define_group(parts, call)
-            if alone is not None:
-                alone.number = index
-            self._changed()
-        return index
-
-    def _define_group(self, parts: tuple[WatchedGroup, ...], call: ClipCall) -> int:
-        tensors = [tensor for group in parts for tensor in group.tensors]
-        for others, number in self._groups.items():
-            known = self._metadata.groups[number]
-            same = known.tensors == tensors and known.function == call.function and known.call_site == call.where
-            # A model that was built again at the same place goes on under its name.
-            if same and not any(group.alive for group in others):
-                return number
-        watch, clipped_before = parts[0].watch, parts[0].watch.after_clipping if parts[0].watch else None
-        self._metadata.groups.append(
-            RecordedGroup(
-                name=self._group_name(parts, call),
-                tensors=tensors,
-                function=call.function,
-                call_site=call.where,
-                optimizer=watch.name if watch is not None else None,
-                after_clipping=clipped_before,
-                returned_partial=returned_is_partial(call.total_norm),
-            )
-        )
-        for group in parts:
-            for position, why in group.meter.unmeasured.items() if group.meter else ():
-                self._metadata.notes.append(f"The gradient of {group.names[position]} is left out: {why}.")
-        if clipped_before:
-            note = f"{clipped_before} clips inside its own optimizer: what is recorded is after its clipping."
-            self._metadata.notes[:] = dict.fromkeys([*self._metadata.notes, note])
-        return len(self._metadata.groups) - 1
-
-    def _group_name(self, parts: tuple[WatchedGroup, ...], call: ClipCall) -> str:
-        taken = {group.name for group in self._metadata.groups}
-        beside_clipped = call.function is None and any(group.function for group in self._metadata.groups)
-        names = [name for group in parts for name in group.names]
-        shared = self._names.whole_root(names) or common_prefix(names)
-        candidates = [shared or ("unclipped" if beside_clipped else "all"), f"{shared or 'all'} ({call.where})"]
-        name = next((candidate for candidate in candidates if candidate not in taken), None)
-        return name or f"{shared or 'all'} {len(taken) + 1}"
+            faults = nonfinite_tensors(row)
+            if faults:
+                names = [self._metadata.tensors[group.tensors[i]].name for i in faults]
+                self._watcher.fault = f"step {row.step}: the gradient of {', '.join(names[:3])} holds NaN or Inf"
 
     def names_of(self, parameters: list[Tensor]) -> list[str]:
         """The names of parameters that were met before (see ``watcher.Sink``)."""
-        return self._names.name(parameters, None)
+        return self._groups.names_of(parameters)
 
     def _note_unused(self, watch: OptimizerWatch) -> None:
         unused = [watch.unused[i] for i in watch.never if i in watch.unused]
@@ -459,12 +335,3 @@ def _tell(what: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(f"gradscope: {what}", file=sys.stderr, flush=True)
-
-
-def _is_coarse(total_norm: Any) -> bool:
-    return isinstance(total_norm, Tensor) and total_norm.dtype in (torch.bfloat16, torch.float16)
-
-
-def _norm(measured: Measurement) -> float:
-    """The L2 norm of a group; tensors without a gradient count for nothing."""
-    return math.sqrt(float(np.nansum(measured.sum_squares)))

@@ -41,7 +41,9 @@ def recorder_trace(path: str | os.PathLike[str], force: bool) -> Path:
         raise GradscopeError(f"Recorder({path!r})", "is no path") from None
     option = f"Recorder({name!r})"
     absolute = _absolute(name, option)
-    if not force and os.path.lexists(absolute):
+    # Rank 0 may have begun the trace that other ranks are about to join.
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if first_rank and not force and os.path.lexists(absolute):
         raise GradscopeError(str(absolute), "exists already", "force=True replaces it")
     _refuse_unwritable(absolute, option)
     return absolute
