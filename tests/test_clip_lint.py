@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded, record
 from torch import nn
-
-from tests.recorded import Recorded, record
 
 clip = torch.nn.utils.clip_grad_norm_
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded, norm, read_rows, record
 from torch import nn
 from torch.nn.utils import clip_grad_norm_ as bound_before
 from torch.nn.utils import get_total_norm
 
 from gradscope.recording import naming
 from gradscope.recording.recorder import Recorder
-from tests.recorded import Recorded, norm, read_rows, record
 
 STEPS = 12
 

@@ -237,3 +237,32 @@ def test_a_descriptor_that_another_file_has_taken_is_left_alone(work: Path, caps
             mine.write("mine")
     assert (work / "mine.txt").read_text() == "mine"
     assert "the program has closed its file descriptor" in capsys.readouterr().err
+
+
+RANKED = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from gradscope import Recorder
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = DistributedDataParallel(torch.nn.Linear(4, 2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with Recorder("ranks.gradscope", quiet=True):
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+dist.destroy_process_group()
+"""
+
+
+def test_the_ranks_of_a_run_share_a_trace(work: Path) -> None:
+    (work / "ranked.py").write_text(RANKED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ranked.py"]
+    subprocess.run(torchrun, check=True, capture_output=True, timeout=120)
+    assert sorted(path.name for path in work.glob("*.gradscope")) == ["ranks.gradscope"]
+    first, second = (read_rows(work / "ranks.gradscope", rank) for rank in (0, 1))
+    assert [row["sum_squares"] for row in first] == [row["sum_squares"] for row in second]
+    assert gradscope.inspect(work / "ranks.gradscope").source.steps == 5

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded, record
 from torch import nn
 
 from gradscope.recording import watcher
-from tests.recorded import Recorded, record
 
 STEPS = 60
 
