@@ -49,6 +49,15 @@ class ClipCall:
             and self.measured
         )
 
+    def weigh(self) -> None:
+        """Take the norms of the weights, before their optimizer steps."""
+        if not self.weight_norms:
+            self.weight_norms = [group.updates.before() for group, _ in self.parts if group.updates]
+
+    def update_norms(self) -> list[Any]:
+        """The norms of what the step has changed in them."""
+        return [group.updates.after() for group, _ in self.parts if group.updates]
+
     def covers(self, watch: OptimizerWatch) -> bool:
         """Whether ``watch`` updates parameters of this call, and has not done so yet."""
         if watch in self.consumers:

@@ -41,8 +41,6 @@ class Sampling:
         spectra = 2 if self.detail == "full" or tenth else 1
         return Plan(step, due, 0 if self.detail == "norms" else spectra, tenth)
 
-    def until_tenth(self, step: int) -> int:
-        """How many steps after ``step`` are recorded, every one, before one that carries more; 0 where some are not."""
-        if self.every != 1 or step < self.start or self.detail == "full":
-            return 0
-        return TENSOR_SPECTRA_EVERY - 1 - (step - self.start) % TENSOR_SPECTRA_EVERY
+    def records_all_after(self, step: int) -> bool:
+        """Whether every step after ``step`` is recorded."""
+        return self.every == 1 and step >= self.start

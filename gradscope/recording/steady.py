@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.clip_groups import WatchedGroup, Witness
+from gradscope.recording.sampling import Sampling
 from gradscope.recording.scalars import take_down
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ INFINITY = float("inf")
 
 
 class SteadyStep:
-    """Sees the next ``steps`` steps of one optimizer, each with the clip calls of ``groups``, in their order.
+    """Sees the next steps of one optimizer, each with the clip calls of ``groups``, in their order.
 
-    ``spectra`` is what is measured of them (see ``Plan``), ``step`` the number of the last step, ``seen`` the clip
-    calls since then; ``conclude`` takes those of a step.
+    ``sampling`` says what is measured of them, ``step`` is the number of the last step, ``seen`` are the clip calls
+    since then; ``emit`` takes each when its step is made (see ``watcher.Sink``).
     """
 
-    __slots__ = ("_conclude", "_expected", "_left", "_optimizer", "_spectra", "seen", "step", "stepping", "watch")
+    __slots__ = ("_emit", "_expected", "_optimizer", "_sampling", "seen", "step", "stepping", "watch")
 
     def __init__(
         self,
@@ -43,9 +44,8 @@ class SteadyStep:
         watch: OptimizerWatch,
         groups: list[WatchedGroup],
         step: int,
-        steps: int,
-        spectra: int,
-        conclude: Callable[[int, list[ClipCall]], None],
+        sampling: Sampling,
+        emit: Callable[[int, ClipCall, Any, list[Any]], None],
     ) -> None:
         self.watch = watch
         self.step = step
@@ -54,9 +54,8 @@ class SteadyStep:
         # Told apart by its number: the optimizer's life is its owner's.
         self._optimizer = id(optimizer)
         self._expected = groups
-        self._left = steps
-        self._spectra = spectra
-        self._conclude = conclude
+        self._sampling = sampling
+        self._emit = emit
 
     def clip(self, parameters: list[Tensor], max_norm: Any, norm_type: Any, frame: FrameType) -> ClipCall | None:
         """The call, measured, if it is the expected one and of a new gradient; None where the watcher is to look."""
@@ -77,7 +76,7 @@ class SteadyStep:
         used = group.used
         if smallest is None or (used is not None and used.gradient is smallest and used.version == smallest._version):
             return None
-        measured = group.meter.copied(gradients, self._spectra)
+        measured = group.meter.copied(gradients, self._sampling.plan(self.step + 1).spectra)
         if measured is None:
             return None
         call = ClipCall(CLIP, group.call_site, [(group, measured)], time.time(), max_norm, None, float(norm_type))
@@ -97,14 +96,17 @@ class SteadyStep:
             return False
         if self.watch.changed(optimizer):
             return False
+        if self._sampling.plan(self.step + 1).tenth:
+            for call in self.seen:
+                call.weigh()
         self.stepping = True
         return True
 
-    def after_step(self) -> bool:
-        """The step is made; whether more are expected."""
+    def after_step(self) -> None:
+        """The step is made."""
         self.stepping = False
         self.step += 1
         seen, self.seen = self.seen, []
-        self._conclude(self.step, seen)
-        self._left -= 1
-        return self._left > 0
+        for call in seen:
+            call.witness = None
+            self._emit(self.step, call, True, call.update_norms() if call.weight_norms else [])

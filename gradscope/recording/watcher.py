@@ -96,11 +96,8 @@ class Watcher:
 
     def after_steady_step(self) -> None:
         """The fast path has seen a whole step."""
-        steady = self.steady
-        if steady is not None and not steady.after_step():
-            with self._lock:
-                self._take_over(steady)
-                self.steady = None
+        if self.steady is not None:
+            self.steady.after_step()
 
     def _take_over(self, steady: SteadyStep) -> None:
         watch = steady.watch
@@ -114,10 +111,9 @@ class Watcher:
         watch.equal_steps = watch.equal_steps + 1 if groups == watch.last_groups else 0
         watch.last_groups = groups
         optimizer = watch.ref()
-        steps = self._sampling.until_tenth(self.step)
         if (
             watch.equal_steps < STEPS_TO_BELIEVE
-            or not steps
+            or not self._sampling.records_all_after(self.step)
             or stepped is not True
             or optimizer is None
             or watch.never
@@ -133,13 +129,7 @@ class Watcher:
             call.parts[0][0].used = None
         for witness, group in zip(watch.used, groups, strict=False):
             group.used = witness
-        spectra = self._sampling.plan(self.step + 1).spectra
-        return SteadyStep(optimizer, watch, groups, self.step, steps, spectra, self._conclude_steady)
-
-    def _conclude_steady(self, step: int, calls: list[ClipCall]) -> None:
-        for call in calls:
-            call.witness = None
-            self.sink.emit(step, call, True, [])
+        return SteadyStep(optimizer, watch, groups, self.step, self._sampling, self.sink.emit)
 
     # --- clip calls --------------------------------------------------------------------------------------------------
 
@@ -396,8 +386,7 @@ class Watcher:
             calls.append(self._unclipped(watch, rest, step, 1.0 if scale is None else float(scale), clipped))
         if self._sampling.plan(step).tenth:
             for call in calls:
-                if not call.weight_norms:
-                    call.weight_norms = [group.updates.before() for group, _ in call.parts if group.updates]
+                call.weigh()
 
     def _calls_of(self, watch: OptimizerWatch) -> list[ClipCall]:
         """The clip calls whose gradient ``watch`` uses, once each, in their order."""
@@ -483,10 +472,7 @@ class Watcher:
         if not self._sampling.plan(step).due:
             return
         for call in calls:
-            updates: list[Any] = []
-            if call.weight_norms:
-                updates = [group.updates.after() for group, _ in call.parts if group.updates]
-            self.sink.emit(step, call, stepped, updates)
+            self.sink.emit(step, call, stepped, call.update_norms() if call.weight_norms else [])
 
     def finish(self) -> None:
         """The recording ends: rows of gradients that no torch optimizer uses go out."""
