@@ -35,6 +35,8 @@ def take_down(number: Any) -> Any:
 
     Of a DTensor it is this rank's part: the whole one would take a collective.
     """
+    if type(number) is Tensor and number.is_cpu:
+        return number.item()
     if not isinstance(number, Tensor):
         return number if number is None else float(number)
     local = getattr(number, "_local_tensor", number)

@@ -80,6 +80,8 @@ class SteadyStep:
         if measured is None:
             return None
         call = ClipCall(CLIP, group.call_site, [(group, measured)], time.time(), max_norm, None, float(norm_type))
+        # Its version is that after the call, which is still to be made.
+        call.witness = Witness(group.ids[group.smallest], smallest, -1)
         seen.append(call)
         return call
 
@@ -87,8 +89,9 @@ class SteadyStep:
         """Take down what the call returned."""
         call.total_norm = total_norm
         call.returned = take_down(total_norm)
-        group = call.parts[0][0]
-        call.witness = group.used = Witness.of(group.refs[group.smallest]())
+        if call.witness is not None:
+            call.witness.version = call.witness.gradient._version
+            call.parts[0][0].used = call.witness
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the step is the expected one."""
