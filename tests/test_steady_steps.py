@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,13 @@ class Unsteady:
         except ZeroDivisionError:
             self.whole()
 
+    def a_step_that_fails_and_is_made_again(self) -> None:
+        failing = self.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            self.habit()
+        failing.remove()
+        self.optimizer.step()
+
     def one_more_parameter(self) -> None:
         extra = nn.Parameter(torch.ones(2))
         extra.grad = torch.ones(2)
@@ -122,6 +130,7 @@ class Unsteady:
         no_gradient_in_part,
         another_dtype,
         an_error,
+        a_step_that_fails_and_is_made_again,
         one_more_parameter,
     )
 
@@ -131,7 +140,7 @@ def as_recorded(recorded: Recorded) -> Any:
     return rows, recorded.metadata["groups"], recorded.metadata["tensors"], recorded.metadata["findings"]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_the_fast_path_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setenv("GRADSCOPE_DEBUG", "1")
     (tmp_path / "fast").mkdir()

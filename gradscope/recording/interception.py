@@ -197,8 +197,10 @@ class Interception:
         steady = watcher.steady
         try:
             if steady is not None and closure is None and steady.before_step(optimizer):
+                watcher.nested().steady = steady
                 return None
             watcher.leave_steady()
+            watcher.nested().steady = None
             if closure is None:
                 watcher.before_step(optimizer, _stepping_frame)
                 return None
@@ -215,10 +217,10 @@ class Interception:
         watcher = self._watcher
         if torch.compiler.is_compiling() or not watcher.stepping():
             return
-        steady = watcher.steady
+        steady = watcher.nested().steady
         try:
-            if steady is not None and steady.stepping:
-                watcher.after_steady_step()
+            if steady is not None:
+                watcher.after_steady_step(steady)
             else:
                 watcher.after_step(optimizer)
         except Exception as error:  # noqa: BLE001 - see Watcher.broke

@@ -7,6 +7,7 @@ time.  Whatever is different sends it back to the watcher, which takes over what
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -33,10 +34,11 @@ class SteadyStep:
     """Sees the next steps of one optimizer, each with the clip calls of ``groups``, in their order.
 
     ``sampling`` says what is measured of them, ``step`` is the number of the last step, ``seen`` are the clip calls
-    since then; ``emit`` takes each when its step is made (see ``watcher.Sink``).
+    since then; ``emit`` takes each when its step is made (see ``watcher.Sink``).  ``left`` is set, under ``lock``, when
+    the watcher has taken over: another thread may do what makes it.
     """
 
-    __slots__ = ("_emit", "_expected", "_optimizer", "_sampling", "seen", "step", "stepping", "watch")
+    __slots__ = ("_emit", "_expected", "_optimizer", "_sampling", "left", "lock", "seen", "step", "stepping", "watch")
 
     def __init__(
         self,
@@ -46,7 +48,10 @@ class SteadyStep:
         step: int,
         sampling: Sampling,
         emit: Callable[[int, ClipCall, Any, list[Any]], None],
+        lock: threading.RLock,
     ) -> None:
+        self.lock = lock
+        self.left = False
         self.watch = watch
         self.step = step
         self.seen: list[ClipCall] = []
@@ -59,31 +64,34 @@ class SteadyStep:
 
     def clip(self, parameters: list[Tensor], max_norm: Any, norm_type: Any, frame: FrameType) -> ClipCall | None:
         """The call, measured, if it is the expected one and of a new gradient; None where the watcher is to look."""
-        seen = self.seen
-        if len(seen) == len(self._expected):
-            return None
-        group = self._expected[len(seen)]
-        if (
-            group.site != (frame.f_code, frame.f_lasti)
-            or list(map(id, parameters)) != group.ids
-            or type(max_norm) is not float
-            or not 0.0 < max_norm < INFINITY
-            or group.meter is None
-        ):
-            return None
-        gradients = [parameter.grad for parameter in parameters]
-        smallest = gradients[group.smallest]
-        used = group.used
-        if smallest is None or (used is not None and used.gradient is smallest and used.version == smallest._version):
-            return None
-        measured = group.meter.copied(gradients, self._sampling.plan(self.step + 1).spectra)
-        if measured is None:
-            return None
-        call = ClipCall(CLIP, group.call_site, [(group, measured)], time.time(), max_norm, None, float(norm_type))
-        # Its version is that after the call, which is still to be made.
-        call.witness = Witness(group.ids[group.smallest], smallest, -1)
-        seen.append(call)
-        return call
+        with self.lock:
+            seen = self.seen
+            if self.left or len(seen) == len(self._expected):
+                return None
+            group = self._expected[len(seen)]
+            if (
+                group.site != (frame.f_code, frame.f_lasti)
+                or list(map(id, parameters)) != group.ids
+                or type(max_norm) is not float
+                or not 0.0 < max_norm < INFINITY
+                or group.meter is None
+            ):
+                return None
+            gradients = [parameter.grad for parameter in parameters]
+            smallest = gradients[group.smallest]
+            used = group.used
+            if smallest is None or (
+                used is not None and used.gradient is smallest and used.version == smallest._version
+            ):
+                return None
+            measured = group.meter.copied(gradients, self._sampling.plan(self.step + 1).spectra)
+            if measured is None:
+                return None
+            call = ClipCall(CLIP, group.call_site, [(group, measured)], time.time(), max_norm, None, float(norm_type))
+            # Its version is that after the call, which is still to be made.
+            call.witness = Witness(group.ids[group.smallest], smallest, -1)
+            seen.append(call)
+            return call
 
     def clipped(self, call: ClipCall, total_norm: Any) -> None:
         """Take down what the call returned."""
@@ -95,21 +103,26 @@ class SteadyStep:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the step is the expected one."""
-        if id(optimizer) != self._optimizer or len(self.seen) != len(self._expected) or self.stepping:
-            return False
-        if self.watch.changed(optimizer):
-            return False
-        if self._sampling.plan(self.step + 1).tenth:
-            for call in self.seen:
-                call.weigh()
-        self.stepping = True
-        return True
+        with self.lock:
+            if self.left or self.stepping or id(optimizer) != self._optimizer or len(self.seen) != len(self._expected):
+                return False
+            if self.watch.changed(optimizer):
+                return False
+            if self._sampling.plan(self.step + 1).tenth:
+                for call in self.seen:
+                    call.weigh()
+            self.stepping = True
+            return True
 
-    def after_step(self) -> None:
-        """The step is made."""
-        self.stepping = False
-        self.step += 1
-        seen, self.seen = self.seen, []
-        for call in seen:
-            call.witness = None
-            self._emit(self.step, call, True, call.update_norms() if call.weight_norms else [])
+    def after_step(self) -> bool:
+        """The step is made; False where the watcher has taken over since it began."""
+        with self.lock:
+            if self.left:
+                return False
+            self.stepping = False
+            self.step += 1
+            seen, self.seen = self.seen, []
+            for call in seen:
+                call.witness = None
+                self._emit(self.step, call, True, call.update_norms() if call.weight_norms else [])
+            return True

@@ -86,18 +86,27 @@ class Watcher:
 
     def leave_steady(self) -> None:
         """Something is not as it was at the last steps: take over what the fast path has seen of this one."""
+        if self.steady is None:
+            return
         with self._lock:
             steady, self.steady = self.steady, None
             if steady is None:
                 return
+            steady.left = True
             self._take_over(steady)
-            for call in steady.seen:
-                self._calls[call.parts[0][0]] = call
+            # A step that another thread is making will be concluded there; one of this thread has failed.
+            if not steady.stepping or self._local.steady is steady:
+                self._local.steady = None
+                for call in steady.seen:
+                    self._calls[call.parts[0][0]] = call
 
-    def after_steady_step(self) -> None:
-        """The fast path has seen a whole step."""
-        if self.steady is not None:
-            self.steady.after_step()
+    def after_steady_step(self, steady: SteadyStep) -> None:
+        """This thread has made a step that the fast path saw begin."""
+        self._local.steady = None
+        if not steady.after_step():
+            with self._lock:
+                steady.watch.calls = steady.seen
+                self._conclude(steady.watch, True)
 
     def _take_over(self, steady: SteadyStep) -> None:
         watch = steady.watch
@@ -129,7 +138,7 @@ class Watcher:
             call.parts[0][0].used = None
         for witness, group in zip(watch.used, groups, strict=False):
             group.used = witness
-        return SteadyStep(optimizer, watch, groups, self.step, self._sampling, self.sink.emit)
+        return SteadyStep(optimizer, watch, groups, self.step, self._sampling, self.sink.emit, self._lock)
 
     # --- clip calls --------------------------------------------------------------------------------------------------
 
@@ -495,11 +504,15 @@ class Watcher:
 
 
 class _Depth(threading.local):
-    """How deep this thread is inside clip calls, and the optimizers in whose steps it is (None: part of an outer's)."""
+    """How deep this thread is inside clip calls, and the optimizers in whose steps it is (None: part of an outer's).
+
+    ``steady`` is the fast path that saw the step begin which this thread is making.
+    """
 
     def __init__(self) -> None:
         self.depth = 0
         self.stepping: list[OptimizerWatch | None] = []
+        self.steady: SteadyStep | None = None
 
     def __enter__(self) -> None:
         self.depth += 1
