@@ -235,10 +235,15 @@ class Interception:
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if not watcher.stepping() or not scaler.is_enabled():
                 return original(scaler, optimizer, *args, **kwargs)
-            finished = watcher.finished(optimizer)
+            finished = None
+            try:
+                finished = watcher.finished(optimizer)
+            except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                watcher.broke(error)
             stepped = original(scaler, optimizer, *args, **kwargs)
             try:
-                watcher.after_scaled_step(optimizer, finished)
+                if finished is not None:
+                    watcher.after_scaled_step(optimizer, finished)
             except Exception as error:  # noqa: BLE001 - see Watcher.broke
                 watcher.broke(error)
             return stepped
