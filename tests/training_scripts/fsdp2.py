@@ -33,4 +33,7 @@ for _ in range(STEPS):
 weights = {name: value.full_tensor() for name, value in model.state_dict().items()}
 if rank == 0:
     torch.save({"weights": weights, "updates": STEPS}, options.out)
+# DTensor keeps the mesh, so Gloo's threads outlive the group: this waits, without the GIL, which they need to
+# drop their last work. One that still needs it when the interpreter ends aborts the process.
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
