@@ -2,6 +2,7 @@
 
 import compileall
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,7 +28,7 @@ setup(
             f"gradscope.{name}",
             [f"gradscope/{name}.pyx"],
             include_dirs=["gradscope"],
-            depends=["gradscope/block_sums.h"],
+            depends=["gradscope/block_sums.h", *glob("gradscope/*.pxi")],
             extra_compile_args=OPTIMISE,
         )
         for name in ("_kernels", "_meter")

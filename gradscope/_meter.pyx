@@ -11,6 +11,7 @@ What is stored of the fine bins, and in which code, ``emit_bins`` decides; ``gra
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
 from libc.math cimport NAN, sqrt
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -67,7 +68,7 @@ cdef extern from *:
     #endif
 
     /* Four entries to a bin, so that equal neighbours do not wait for each other's store. */
-    static void gm_tally32(const uint32_t *x, size_t n, uint64_t *table)
+    static void gm_tally32_anywhere(const uint32_t *x, size_t n, uint64_t *table)
     {
         uint32_t bin[GM_PART];
         uint64_t add[2 * GM_PART];
@@ -84,6 +85,40 @@ cdef extern from *:
             for (; i < size; i++) GM_ADD(table + 8 * bin[i], add + 2 * i)
         }
     }
+
+    #if defined(__GNUC__) && defined(__x86_64__)
+    #include <immintrin.h>
+    /* The same without leaving the registers, in 0.7 of the time.  n is a multiple of 4. */
+    __attribute__((target("avx2"))) static void gm_tally32_avx2(const uint32_t *x, size_t n, uint64_t *table)
+    {
+        const __m128i magnitude = _mm_set1_epi32(0x7fffffff), low_bits = _mm_set1_epi32(0xfffff);
+        const __m256i one = _mm256_set1_epi64x((long long)GM_ONE);
+        size_t i;
+        for (i = 0; i < n; i += 4) {
+            __m128i m = _mm_and_si128(_mm_loadu_si128((const __m128i *)(x + i)), magnitude);
+            __m128i bin = _mm_srli_epi32(m, 20);
+            __m256i low = _mm256_cvtepu32_epi64(_mm_and_si128(m, low_bits));
+            __m256i square = _mm256_mul_epu32(low, low), count = _mm256_add_epi64(low, one);
+            __m256i even = _mm256_unpacklo_epi64(count, square), odd = _mm256_unpackhi_epi64(count, square);
+            uint64_t first = (uint64_t)_mm_cvtsi128_si64(bin), last = (uint64_t)_mm_extract_epi64(bin, 1);
+            __m128i *to0 = (__m128i *)(table + 8 * (first & 0xfff)), *to1 = (__m128i *)(table + 8 * (first >> 32)) + 1;
+            __m128i *to2 = (__m128i *)(table + 8 * (last & 0xfff)) + 2, *to3 = (__m128i *)(table + 8 * (last >> 32)) + 3;
+            _mm_storeu_si128(to0, _mm_add_epi64(_mm_loadu_si128(to0), _mm256_castsi256_si128(even)));
+            _mm_storeu_si128(to1, _mm_add_epi64(_mm_loadu_si128(to1), _mm256_castsi256_si128(odd)));
+            _mm_storeu_si128(to2, _mm_add_epi64(_mm_loadu_si128(to2), _mm256_extracti128_si256(even, 1)));
+            _mm_storeu_si128(to3, _mm_add_epi64(_mm_loadu_si128(to3), _mm256_extracti128_si256(odd, 1)));
+        }
+    }
+
+    static void gm_tally32(const uint32_t *x, size_t n, uint64_t *table)
+    {
+        size_t whole = __builtin_cpu_supports("avx2") ? n - n % 4 : 0;
+        gm_tally32_avx2(x, whole, table);
+        gm_tally32_anywhere(x + whole, n - whole, table);
+    }
+    #else
+    #define gm_tally32 gm_tally32_anywhere
+    #endif
 
     /* Moments of the position within a bin, from 0 to 1. */
     typedef struct { uint64_t count; double sum, squares; } gm_bin;
@@ -684,78 +719,7 @@ cdef char *copy_column(char *to, Tally tally, size_t slot, int column) noexcept 
     return to + n * (2 if column == 3 else 4)
 
 
-def addresses(gradients, kind, layout, list dtypes not None, list numels not None):
-    """Where torch's tensors lie, 0 for None; None unless all are plain, dense, in memory, and as they were before.
-
-    ``kind`` is ``torch.Tensor`` and ``layout`` ``torch.strided``.  Compiled, since six questions to each of many small
-    tensors take longer than measuring them.
-    """
-    cdef Py_ssize_t i = 0
-    cdef list found = []
-    if len(gradients) != len(dtypes):
-        raise ValueError(f"{len(gradients)} gradients for {len(dtypes)} tensors")
-    for gradient in gradients:
-        if gradient is None:
-            found.append(0)
-        elif (
-            type(gradient) is kind
-            and gradient.dtype is dtypes[i]
-            and gradient.is_cpu
-            and gradient.layout is layout
-            and gradient.is_contiguous()
-            and gradient.numel() == numels[i]
-        ):
-            # An empty tensor lies nowhere.
-            found.append(gradient.data_ptr() or 1)
-        else:
-            return None
-        i += 1
-    return found
-
-
-cdef class Copy:
-    """Room for the gradients of a group of small tensors, copied out of the way of what changes them."""
-
-    cdef char *memory
-    # Where each lies in it; NULL for None.
-    cdef const char **held
-    cdef Py_ssize_t tensors
-
-    def __cinit__(self, list nbytes not None):
-        cdef Py_ssize_t size = 64
-        for n in nbytes:
-            size += (<Py_ssize_t>n + 63) & ~63
-        self.tensors = len(nbytes)
-        self.held = <const char **>calloc(self.tensors + 1, sizeof(char *))
-        self.memory = <char *>malloc(size)
-        if not (self.memory and self.held):
-            raise MemoryError
-
-    def __dealloc__(self):
-        free(self.memory)
-        free(self.held)
-
-    @property
-    def pointers(self):
-        """Where each lies, 0 for None."""
-        return [<size_t>self.held[i] for i in range(self.tensors)]
-
-    def take(self, gradients, kind, layout, list dtypes not None, list numels not None, list nbytes not None):
-        """Whether ``gradients`` are as ``addresses`` wants them; then they are copied, ``nbytes`` of each."""
-        cdef list found = addresses(gradients, kind, layout, dtypes, numels)
-        cdef Py_ssize_t i, n
-        cdef size_t address
-        cdef char *at = self.memory
-        if found is None or len(found) != self.tensors:
-            return False
-        for i in range(self.tensors):
-            address = found[i]
-            n = nbytes[i]
-            if address and n:
-                memcpy(at, <const char *>address, n)
-            self.held[i] = at if address else NULL
-            at += (n + 63) & ~63
-        return True
+include "torch_tensors.pxi"
 
 
 cdef class Tensors:
@@ -1067,365 +1031,6 @@ cdef class GradientTally(Tensors):
         return data, of_group, of_tensors
 
 
-cdef class Memory:
-    """A piece of memory that bytes can be read from."""
-
-    cdef char *data
-    cdef Py_ssize_t size
-
-    def __dealloc__(self):
-        free(self.data)
-
-    def __len__(self):
-        return self.size
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.data if self.data else <char *>&NOTHING, self.size, 1, flags)
-
-
-cdef double NOTHING = 0.0
-
-
-cdef Memory handed_over(Grown *grown):
-    """What has grown, which begins anew."""
-    cdef Memory memory = Memory()
-    memory.data = grown.data
-    memory.size = grown.size
-    grown.data = NULL
-    grown.size = grown.room = 0
-    return memory
-
-
-cdef struct Job:
-    # Borrowed: a GradientTally, its Tally, and a Copy of its tensors.
-    void *group
-    void *tally
-    void *copy
-    int spectra
-
-
-cdef class TakenRows:
-    """Rows to be measured; what they borrow is held by the lists."""
-
-    cdef Head *heads
-    cdef Job *jobs
-    cdef Py_ssize_t held
-    cdef list groups, copies, rooms, weight_norms, update_norms
-
-    def __cinit__(self, Py_ssize_t most):
-        self.heads = <Head *>malloc(most * sizeof(Head))
-        self.jobs = <Job *>malloc(most * sizeof(Job))
-        self.groups, self.copies, self.rooms, self.weight_norms, self.update_norms = [], [], [], [], []
-        if not (self.heads and self.jobs):
-            raise MemoryError
-
-    def __dealloc__(self):
-        free(self.heads)
-        free(self.jobs)
-
-
-cdef class RowBatch:
-    """Rows of copied gradients, up to ``most``, to be measured all at once without holding up other threads.
-
-    ``copied`` is the type of a measurement that is still a ``Copy`` (with ``copy``, ``group.tally``, ``room`` and
-    ``spectra``), ``array`` that of norms, ``coarse`` are the dtypes whose total norm has to be looked at.  Rows may be
-    taken in while others are measured, but no two threads may ``measure`` or ``hand_over`` at a time.
-    """
-
-    cdef type copied, array
-    cdef tuple coarse
-    cdef TakenRows taken, spare
-    cdef list weight_norms, update_norms
-    cdef Py_ssize_t most
-    cdef Columns columns
-
-    def __cinit__(self, type copied not None, type array not None, tuple coarse not None, Py_ssize_t most):
-        self.copied = copied
-        self.array = array
-        self.coarse = coarse
-        self.most = most
-        self.taken, self.spare = TakenRows(most), TakenRows(most)
-        self.weight_norms, self.update_norms = [], []
-        memset(&self.columns, 0, sizeof(Columns))
-
-    def __dealloc__(self):
-        cdef int i
-        for i in range(COLUMNS):
-            free(self.columns.column[i].data)
-
-    @property
-    def full(self):
-        """Whether it takes no more before the next ``measure``."""
-        return self.taken.held >= self.most
-
-    def take(self, int64_t step, int32_t group, call, stepped, list update_norms not None):
-        """Whether it takes this row in: it has one part, everything of it has arrived, and nothing is infinite.
-
-        Compiled, and at once: what another thread would look at later, it would wait for.
-        """
-        cdef TakenRows taken = self.taken
-        cdef Head *head = taken.heads + taken.held
-        cdef Job *job = taken.jobs + taken.held
-        cdef list parts = call.parts, weight_norms = call.weight_norms
-        cdef GradientTally tally
-        cdef Copy copy
-        cdef list room
-        cdef double value
-        if taken.held >= self.most or len(parts) != 1 or len(weight_norms) > 1 or len(update_norms) > 1:
-            return False
-        measured = (<tuple>parts[0])[1]
-        if type(measured) is not self.copied:
-            return False
-        head.present = 0
-        if stepped is not None:
-            if stepped is not True and stepped is not False:
-                return False
-            head.present = 48 if stepped is True else 16
-        number, total_norm = call.returned, call.total_norm
-        head.returned_norm = 0.0
-        if number is not None:
-            if type(number) is not float:
-                return False
-            value = number
-            if value - value != 0.0:
-                return False
-            head.returned_norm = value
-            head.present |= 8
-        if total_norm is not None and type(total_norm) is not float and total_norm.dtype in self.coarse:
-            return False
-        for norms in weight_norms:
-            if type(norms) is not self.array:
-                return False
-        for norms in update_norms:
-            if type(norms) is not self.array:
-                return False
-        head.step, head.group, head.time, head.grad_scale = step, group, call.time, call.grad_scale
-        head.max_norm = head.clip_value = head.norm_type = 0.0
-        number = call.max_norm
-        if number is not None:
-            head.max_norm = number
-            head.present |= 1
-        number = call.clip_value
-        if number is not None:
-            head.clip_value = number
-            head.present |= 2
-        number = call.norm_type
-        if number is not None:
-            head.norm_type = number
-            head.present |= 4
-        copy, tally, room = measured.copy, measured.group.tally, measured.room
-        if tally.tensors != copy.tensors:
-            raise ValueError(f"a copy of {copy.tensors} tensors for {tally.tensors}")
-        job.group, job.copy, job.spectra = <void *>tally, <void *>copy, measured.spectra
-        head.weight = head.update = 0
-        for norms in weight_norms:
-            head.weight = len(norms)
-        for norms in update_norms:
-            head.update = len(norms)
-        taken.groups.append(tally)
-        taken.copies.append(copy)
-        taken.rooms.append(room)
-        taken.weight_norms += weight_norms
-        taken.update_norms += update_norms
-        taken.held += 1
-        return True
-
-    def measure(self):
-        """Measures the rows that it has taken in, and gives their copies back."""
-        cdef TakenRows rows = self.taken
-        cdef GradientTally group
-        cdef Columns *columns = &self.columns
-        cdef Job *job
-        cdef char *heads
-        cdef Py_ssize_t i, n = rows.held
-        if n == 0:
-            return
-        self.taken, self.spare = self.spare, rows
-        for i in range(n):
-            group = <GradientTally>rows.jobs[i].group
-            if group.tally is None:
-                group.tally = Tally(group.tensors)
-            rows.jobs[i].tally = <void *>group.tally
-        with nogil:
-            for i in range(n):
-                job = rows.jobs + i
-                (<GradientTally>job.group).measure_copy(
-                    <Tally>job.tally, <Copy>job.copy, job.spectra, columns, rows.heads + i
-                )
-            heads = more(&columns.column[HEADS], n * sizeof(Head))
-            if heads:
-                memcpy(heads, rows.heads, n * sizeof(Head))
-            else:
-                columns.no_memory = True
-        for i in range(n):
-            (<list>rows.rooms[i]).append(rows.copies[i])
-        self.weight_norms += rows.weight_norms
-        self.update_norms += rows.update_norms
-        if columns.no_memory:
-            for i in range(n):
-                (<GradientTally>rows.groups[i]).tally = None
-        for held in (rows.groups, rows.copies, rows.rooms, rows.weight_norms, rows.update_norms):
-            (<list>held).clear()
-        rows.held = 0
-
-    def hand_over(self):
-        """``(heads, columns)`` of the rows measured so far, to be read as bytes; None where there are none.
-
-        The columns are sum_squares, max_abs, zeros, nan, inf, tensor_bin_counts; count, mean, spread and code of the
-        groups' bins, then of the tensors'; weight_norm and update_norm.
-        """
-        cdef Columns *columns = &self.columns
-        cdef Py_ssize_t i
-        cdef list found
-        if columns.no_memory:
-            raise MemoryError
-        if columns.column[HEADS].size == 0:
-            return None
-        found = [handed_over(&columns.column[i]) for i in range(COLUMNS)]
-        norms = (b"".join(self.weight_norms), b"".join(self.update_norms))
-        self.weight_norms, self.update_norms = [], []
-        return found[HEADS], (*found[:HEADS], *norms)
-
-
-cdef extern from *:
-    """
-    #ifndef ARROW_C_DATA_INTERFACE
-    #define ARROW_C_DATA_INTERFACE
-    /* https://arrow.apache.org/docs/format/CDataInterface.html */
-    struct ArrowArray {
-        int64_t length, null_count, offset, n_buffers, n_children;
-        const void **buffers;
-        struct ArrowArray **children;
-        struct ArrowArray *dictionary;
-        void (*release)(struct ArrowArray *);
-        void *private_data;
-    };
-    #endif
-    """
-    struct ArrowArray:
-        int64_t length
-        int64_t null_count
-        int64_t offset
-        int64_t n_buffers
-        int64_t n_children
-        const void **buffers
-        ArrowArray **children
-        ArrowArray *dictionary
-        void (*release)(ArrowArray *) noexcept nogil
-        void *private_data
-
-
-cdef void release_array(ArrowArray *array) noexcept nogil:
-    """The memory is an ``ArrowRows``'s."""
-    cdef int64_t i
-    for i in range(array.n_children):
-        if array.children[i].release:
-            array.children[i].release(array.children[i])
-    array.release = NULL
-
-
-cdef class ArrowRows:
-    """Rows as Arrow's C data interface has them: all columns in one go.
-
-    ``heads`` are the rows, each ``row_bytes`` long, with an int32 of flags at ``flags``.  A column is ``(name,
-    itemsize, offset, present, values)``.  Without ``values`` it is a number that lies at ``offset`` of a row, or with
-    ``itemsize`` 0 a bool, the bit ``offset`` of the flags; null where ``present`` is not 0 and not in the flags.  With
-    ``values`` it is a list, whose length (int32) lies at ``offset``; all its items are in ``values``.
-
-    Whoever reads ``address`` shares this object's memory and must be done with it first.
-
-    Raises ValueError where there are not as many values as the lengths say.
-    """
-
-    cdef char *memory
-    cdef size_t used
-    cdef ArrowArray *array
-    cdef list views
-
-    def __init__(self, const uint8_t[::1] heads not None, Py_ssize_t row_bytes, Py_ssize_t flags, list columns not None):
-        cdef Py_ssize_t n = heads.shape[0] // row_bytes, count = len(columns), i
-        cdef const char *rows = <const char *>&heads[0] if n else <const char *>&NOTHING
-        # Of a column: its array and that of its items, their buffers and children, numbers, and which are null.
-        cdef size_t each = 2 * (sizeof(ArrowArray) + 64) + 4 * 64 + (8 * n + 72) + (n // 8 + 64)
-        if self.memory:
-            raise ValueError("made already")
-        self.memory = <char *>calloc(sizeof(ArrowArray) + 8 * count + 256 + count * each, 1)
-        if not self.memory:
-            raise MemoryError
-        self.views = []
-        self.array = self.new_array(n, 1, count)
-        for i in range(count):
-            name, itemsize, offset, present, values = columns[i]
-            if values is None:
-                self.array.children[i] = self.numbers(rows, n, row_bytes, flags, itemsize, offset, present)
-            else:
-                self.array.children[i] = self.lists(rows, n, row_bytes, itemsize, offset, values, name)
-
-    def __dealloc__(self):
-        free(self.memory)
-
-    @property
-    def address(self):
-        """Where the ``ArrowArray`` lies."""
-        return <size_t>self.array
-
-    cdef char *place(self, size_t size) noexcept nogil:
-        cdef size_t at = self.used
-        self.used += (size + 63) & ~63
-        return self.memory + at
-
-    cdef ArrowArray *new_array(self, int64_t length, int64_t buffers, int64_t children) noexcept nogil:
-        cdef ArrowArray *array = <ArrowArray *>self.place(sizeof(ArrowArray))
-        array.length = length
-        array.n_buffers = buffers
-        array.n_children = children
-        array.buffers = <const void **>self.place(buffers * sizeof(void *))
-        array.children = <ArrowArray **>self.place(children * sizeof(void *)) if children else NULL
-        array.release = release_array
-        return array
-
-    cdef ArrowArray *numbers(
-        self, const char *rows, Py_ssize_t n, Py_ssize_t row_bytes, Py_ssize_t flags, int itemsize, int offset, int present
-    ) noexcept nogil:
-        cdef ArrowArray *array = self.new_array(n, 2, 0)
-        cdef char *numbers = self.place(8 * n + 8)
-        cdef char *valid = self.place(n // 8 + 1)
-        cdef Py_ssize_t i
-        cdef int32_t held
-        for i in range(n):
-            memcpy(&held, rows + i * row_bytes + flags, 4)
-            if itemsize == 0:
-                numbers[i >> 3] |= (held >> offset & 1) << (i & 7)
-            else:
-                memcpy(numbers + i * itemsize, rows + i * row_bytes + offset, itemsize)
-            if held & present or not present:
-                valid[i >> 3] |= 1 << (i & 7)
-            else:
-                array.null_count += 1
-        array.buffers[0] = valid if array.null_count else NULL
-        array.buffers[1] = numbers
-        return array
-
-    cdef ArrowArray *lists(
-        self, const char *rows, Py_ssize_t n, Py_ssize_t row_bytes, Py_ssize_t itemsize, int offset, values, name
-    ) except NULL:
-        cdef const uint8_t[::1] view = values
-        cdef ArrowArray *array = self.new_array(n, 2, 1)
-        cdef int32_t *starts = <int32_t *>self.place(4 * n + 4)
-        cdef Py_ssize_t i
-        cdef int32_t length
-        for i in range(n):
-            memcpy(&length, rows + i * row_bytes + offset, 4)
-            starts[i + 1] = starts[i] + length
-        if view.shape[0] != starts[n] * itemsize:
-            raise ValueError(f"{name} holds {view.shape[0] / itemsize:g} values of {starts[n]}")
-        array.buffers[1] = starts
-        array.children[0] = self.new_array(starts[n], 2, 0)
-        array.children[0].buffers[1] = <const void *>&view[0] if starts[n] else <const void *>&NOTHING
-        self.views.append(values)
-        return array
-
-
 cdef void add_totals(Totals *to, const Totals *more) noexcept nogil:
     if to.squares + more.squares < NO_SQUARES:
         add_compensated(&to.squares, &to.lost, more.squares)
@@ -1489,8 +1094,8 @@ cdef class FineMoments:
         return data, n
 
 
-cdef double square_root_of_squares(const Piece *piece, uint32_t *room) noexcept nogil:
-    """The L2 norm of all elements, NaN and Inf included."""
+cdef double norm_and_copy(const Piece *piece, char *copy, uint32_t *room) noexcept nogil:
+    """The L2 norm of all elements, NaN and Inf included; copies them unless ``copy`` is NULL."""
     cdef uint64_t at = 0
     cdef size_t size
     cdef const char *data
@@ -1504,7 +1109,10 @@ cdef double square_root_of_squares(const Piece *piece, uint32_t *room) noexcept 
         else:
             gm_block32(widened(data, size, piece.kind, room), size, &block)
         total += block.squares
+        if copy != NULL:
+            gm_copy(copy + at * piece.itemsize, data, size * piece.itemsize)
         at += size
+    gm_copied()
     return sqrt(total)
 
 
@@ -1541,11 +1149,13 @@ cdef class UpdateTally(Tensors):
     """
 
     cdef Piece *present
+    cdef char *memory
     cdef char *copy
     cdef int64_t *where
     cdef readonly size_t limit
     cdef size_t room
     cdef Py_ssize_t turn
+    # Of two threads.
     cdef uint32_t *rooms
 
     def __init__(self, numels, dtypes, limit=256 << 20):
@@ -1557,10 +1167,11 @@ cdef class UpdateTally(Tensors):
         self.room = wanted if wanted < self.limit else self.limit
         self.present = <Piece *>calloc(self.tensors + 1, sizeof(Piece))
         self.where = <int64_t *>malloc(8 * (self.tensors + 1))
-        self.rooms = <uint32_t *>malloc(16 * BLOCK)
-        self.copy = <char *>malloc(self.room + 1)
-        if not (self.present and self.where and self.rooms and self.copy):
+        self.rooms = <uint32_t *>malloc(32 * BLOCK)
+        self.memory = <char *>malloc(self.room + 64)
+        if not (self.present and self.where and self.rooms and self.memory):
             raise MemoryError
+        self.copy = self.memory + 64 - <size_t>self.memory % 64
         for i in range(self.tensors):
             self.where[i] = -1
 
@@ -1568,58 +1179,88 @@ cdef class UpdateTally(Tensors):
         free(self.present)
         free(self.where)
         free(self.rooms)
-        free(self.copy)
+        free(self.memory)
 
     cdef size_t bytes_of(self, Py_ssize_t i) noexcept nogil:
         """Rounded up, so that copies stay aligned."""
-        return (self.pieces[i].numel * self.pieces[i].itemsize + 7) // 8 * 8
+        return (self.pieces[i].numel * self.pieces[i].itemsize + 63) & ~<size_t>63
 
     def before(self, list pointers not None):
         """The norm of every tensor, NaN where its address is 0, as the bytes of float64; copies what has its turn."""
-        cdef int n = self.point(pointers, self.present, True), i
+        cdef int n = self.point(pointers, self.present, True)
+        self.plan_copies(n)
+        return self.norms(n, False)
+
+    def after(self, list pointers not None):
+        """The norm of every tensor's change since ``before``, as the bytes of float64; NaN where it was not copied."""
+        return self.norms(self.point(pointers, self.present, True), True)
+
+    cdef norms(self, int n, bint of_changes):
+        cdef Py_ssize_t i
+        cdef int cut = n
+        cdef uint64_t first = 0
         norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
         cdef double *out = <double *>PyBytes_AS_STRING(norms)
         for i in range(self.tensors):
             out[i] = NAN
-            self.where[i] = -1
+        work = None
+        if self.elements > TWO_THREADS and (os.cpu_count() or 1) > 1:
+            cut = 0
+            while first < self.elements // 2:
+                first += self.present[cut].numel
+                cut += 1
+            work = threading.Thread(target=self.run_rest, args=(cut, n, of_changes, <size_t>out))
+            try:
+                work.start()
+            except RuntimeError:
+                # No new threads, as at the end of the interpreter.
+                work, cut = None, n
         with nogil:
-            for i in range(n):
-                out[self.present[i].tensor] = square_root_of_squares(&self.present[i], self.rooms)
-            self.copy_in_turn(n)
+            self.run(0, cut, of_changes, out, self.rooms)
+        if work is not None:
+            try:
+                work.join()
+            finally:
+                # An interrupt must not leave it writing what is about to be read.
+                work.join()
         return norms
 
-    cdef void copy_in_turn(self, int n) noexcept nogil:
+    def run_rest(self, int first, int end, bint of_changes, size_t out):
+        """What the second thread does."""
+        with nogil:
+            self.run(first, end, of_changes, <double *>out, self.rooms + 4 * BLOCK)
+
+    cdef void run(self, int first, int end, bint of_changes, double *out, uint32_t *rooms) noexcept nogil:
+        cdef const Piece *piece
+        cdef char *copy
+        cdef int i
+        for i in range(first, end):
+            piece = &self.present[i]
+            copy = NULL if self.where[piece.tensor] < 0 else self.copy + self.where[piece.tensor]
+            if not of_changes:
+                out[piece.tensor] = norm_and_copy(piece, copy, rooms)
+            elif copy != NULL:
+                out[piece.tensor] = distance(piece, copy, rooms, rooms + 2 * BLOCK)
+
+    cdef void plan_copies(self, int n) noexcept nogil:
+        """Settles which tensors are copied, and where to."""
         cdef size_t used = 0, size
         cdef int i, first = 0
         cdef Py_ssize_t tensor, next_turn = -1
-        cdef const Piece *piece
+        for tensor in range(self.tensors):
+            self.where[tensor] = -1
         while first < n and self.present[first].tensor < self.turn:
             first += 1
         for i in range(n):
-            piece = &self.present[(first + i) % n]
-            tensor = piece.tensor
+            tensor = self.present[(first + i) % n].tensor
             size = self.bytes_of(tensor)
             if used + size <= self.room:
-                memcpy(self.copy + used, piece.data, piece.numel * piece.itemsize)
                 self.where[tensor] = used
                 used += size
             elif size <= self.room and next_turn < 0:
                 next_turn = tensor
         self.turn = next_turn if next_turn >= 0 else 0
 
-    def after(self, list pointers not None):
-        """The norm of every tensor's change since ``before``, as the bytes of float64; NaN where it was not copied."""
-        cdef int n = self.point(pointers, self.present, True), i
-        norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
-        cdef double *out = <double *>PyBytes_AS_STRING(norms)
-        cdef Py_ssize_t tensor
-        for i in range(self.tensors):
-            out[i] = NAN
-        with nogil:
-            for i in range(n):
-                tensor = self.present[i].tensor
-                if self.where[tensor] >= 0:
-                    out[tensor] = distance(
-                        &self.present[i], self.copy + self.where[tensor], self.rooms, self.rooms + 2 * BLOCK
-                    )
-        return norms
+
+include "row_batch.pxi"
+include "steady_steps.pxi"

@@ -105,7 +105,7 @@ def test_measuring_meanwhile_changes_nothing() -> None:
         for step in range(7):
             taker.queue.put(step, 0, call_of(meter, some_gradients(step), 2), True, [])
             if taker is written and step % 3 == 0:
-                taker.queue.measure()
+                taker.queue.measure_for(0.01)
             if taker is written and step == 4:
                 taker.queue.drain()
         taker.queue.drain()
@@ -118,7 +118,7 @@ def test_copies_are_given_back() -> None:
     meter, written = warm_meter(gradients), Written()
     for step in range(50):
         written.queue.put(step, 0, call_of(meter, gradients), True, [])
-        written.queue.measure()
+        written.queue.measure_for(0.01)
     assert meter._copies == 1
 
 

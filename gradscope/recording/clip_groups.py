@@ -29,10 +29,8 @@ class WatchedGroup:
 
     ``kept`` are the positions of those that are recorded (None: all), ``names`` and ``tensors`` their names and numbers
     in the trace's metadata.  ``smallest`` is the position of the smallest parameter, whose gradient tells cheaply
-    whether anything changed; ``used`` is that gradient when it was clipped last on the fast path.  ``waiting`` are
-    calls that no optimizer has used.  ``site`` is what the book tells the group by, ``number``
-    what the trace calls it where it is clipped by itself.  ``owned``: some optimizer updates
-    them.
+    whether anything changed.  ``waiting`` are calls that no optimizer has used.  ``site`` is what the book tells the
+    group by, ``number`` what the trace calls it where it is clipped by itself.  ``owned``: some optimizer updates them.
     """
 
     function: str | None
@@ -49,7 +47,6 @@ class WatchedGroup:
     site: Hashable = None
     number: int | None = None
     watch: OptimizerWatch | None = None
-    used: Witness | None = None
     waiting: list[ClipCall] = field(default_factory=list)
     positions: dict[int, int] = field(default_factory=dict)
     updates: UpdateNorms | None = None

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradscope.recording.watcher import Watcher
@@ -73,8 +74,8 @@ class Interception:
             function = getattr(clip, name, None)
             if function is not None:
                 self._exchange(clip, name, function, wrap)
-        self._undo.append(register_optimizer_step_pre_hook(self._before_step).remove)
-        self._undo.append(register_optimizer_step_post_hook(self._after_step).remove)
+        self._undo.append(register_optimizer_step_pre_hook(self._before_step()).remove)
+        self._undo.append(register_optimizer_step_post_hook(self._after_step()).remove)
         scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
         self._replace_method(scaler, "step", self._scaler_step)
         self._replace_method(scaler, "unscale_", self._scaler_unscale)
@@ -117,40 +118,33 @@ class Interception:
         self._undo.append(undo)
 
     def _clip_grad_norm(self, original: Any) -> Any:
-        watcher = self._watcher
+        watcher, steady = self._watcher, self._watcher.steady
 
         @functools.wraps(original)
         def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0, *rest: Any, **options: Any) -> Any:
-            if torch.compiler.is_compiling() or not watcher.watching():
+            if is_dynamo_compiling():
+                return original(parameters, max_norm, norm_type, *rest, **options)
+            if steady.on:
+                seen, found = steady.clip(original, parameters, max_norm, norm_type, rest, options)
+                if seen:
+                    return found
+                parameters = found
+            if is_compiling() or not watcher.watching():
                 return original(parameters, max_norm, norm_type, *rest, **options)
             listed = _as_list(parameters)
             # An empty generator stays one: torch warns of it.
             handed = listed if listed or isinstance(parameters, list) else parameters
-            call, steady = None, watcher.steady
-            if steady is not None:
-                try:
-                    call = steady.clip(listed, max_norm, norm_type, sys._getframe(2))
-                except Exception as error:  # noqa: BLE001 - see Watcher.broke
-                    watcher.broke(error)
-            if steady is None or call is None:
-                clip = functools.partial(original, handed, max_norm, norm_type, *rest, **options)
-                return self._watched(clip, "clip_grad_norm_", listed, max_norm, norm_type)
-            with watcher.nested():
-                total_norm = original(handed, max_norm, norm_type, *rest, **options)
-            try:
-                steady.clipped(call, total_norm)
-            except Exception as error:  # noqa: BLE001 - see Watcher.broke
-                watcher.broke(error)
-            return total_norm
+            clip = functools.partial(original, handed, max_norm, norm_type, *rest, **options)
+            return self._watched(clip, "clip_grad_norm_", listed, max_norm, norm_type)
 
         return clip_grad_norm_
 
     def _clip_grads_with_norm(self, original: Any) -> Any:
-        watcher = self._watcher
+        watcher, steady = self._watcher, self._watcher.steady
 
         @functools.wraps(original)
         def clip_grads_with_norm_(parameters: Any, max_norm: Any, total_norm: Any, *rest: Any, **options: Any) -> Any:
-            if torch.compiler.is_compiling() or not watcher.watching():
+            if is_dynamo_compiling() or steady.inside() or is_compiling() or not watcher.watching():
                 return original(parameters, max_norm, total_norm, *rest, **options)
             listed = _as_list(parameters)
             clip = functools.partial(original, listed, max_norm, total_norm, *rest, **options)
@@ -163,7 +157,7 @@ class Interception:
 
         @functools.wraps(original)
         def clip_grad_value_(parameters: Any, clip_value: Any, *rest: Any, **options: Any) -> Any:
-            if torch.compiler.is_compiling() or not watcher.watching():
+            if is_compiling() or not watcher.watching():
                 return original(parameters, clip_value, *rest, **options)
             listed = _as_list(parameters)
             clip = functools.partial(original, listed, clip_value, *rest, **options)
@@ -189,44 +183,51 @@ class Interception:
                 watcher.broke(error)
         return returned
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        watcher = self._watcher
-        if torch.compiler.is_compiling() or not watcher.stepping():
-            return None
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
-        steady = watcher.steady
-        try:
-            if steady is not None and closure is None and steady.before_step(optimizer):
-                watcher.nested().steady = steady
-                return None
-            watcher.leave_steady()
-            watcher.nested().steady = None
-            if closure is None:
-                watcher.before_step(optimizer, _stepping_frame)
-                return None
-            # The gradient exists inside the closure only; the first evaluation is the one at the point stepped from.
-            seen = watcher.closure(optimizer, closure, _stepping_frame)
-        except Exception as error:  # noqa: BLE001 - see Watcher.broke
-            watcher.broke(error)
-            return None
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": seen}
-        return (args[0], seen, *args[2:]), kwargs
+    def _before_step(self) -> Any:
+        watcher, steady = self._watcher, self._watcher.steady
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        watcher = self._watcher
-        if torch.compiler.is_compiling() or not watcher.stepping():
-            return
-        steady = watcher.nested().steady
-        try:
-            if steady is not None:
-                watcher.after_steady_step(steady)
-            else:
+        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+            if is_dynamo_compiling():
+                return None
+            try:
+                if steady.before_step(optimizer, args, kwargs):
+                    return None
+                if is_compiling() or not watcher.stepping():
+                    return None
+                watcher.leave_steady()
+                closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
+                if closure is None:
+                    watcher.before_step(optimizer, _stepping_frame)
+                    return None
+                # The gradient exists inside the closure only; its first evaluation is at the point stepped from.
+                seen = watcher.closure(optimizer, closure, _stepping_frame)
+            except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                watcher.broke(error)
+                return None
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": seen}
+            return (args[0], seen, *args[2:]), kwargs
+
+        return before_step
+
+    def _after_step(self) -> Any:
+        watcher, steady = self._watcher, self._watcher.steady
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if is_dynamo_compiling():
+                return
+            try:
+                if steady.after_step():
+                    return
+                if is_compiling() or not watcher.stepping():
+                    return
                 watcher.after_step(optimizer)
-        except Exception as error:  # noqa: BLE001 - see Watcher.broke
-            watcher.broke(error)
-        if watcher.fault is not None:
-            raise FloatingPointError(watcher.fault)
+            except Exception as error:  # noqa: BLE001 - see Watcher.broke
+                watcher.broke(error)
+            if watcher.fault is not None:
+                raise FloatingPointError(watcher.fault)
+
+        return after_step
 
     def _scaler_step(self, original: Any) -> Any:
         watcher = self._watcher

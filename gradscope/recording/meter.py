@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradscope._meter import Copy, GradientTally, UpdateTally, addresses
+from gradscope._meter import Copy, GradientTally, KnownTensors, TensorTypes, UpdateTally
 from gradscope.trace.measurement import Measurement, PackedMeasurement
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float8_e5m2: "float8_e5m2",
 }
 
+TENSOR_TYPES = TensorTypes(
+    (Tensor, torch.nn.Parameter),
+    torch.strided,
+    {name: dtype for dtype, name in DTYPES.items()},
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+)
+
 
 class GroupMeter:
     """Measures tensors of these sizes and dtypes (names as in ``spectrum.FLOAT_DTYPES``) where they lie in memory.
@@ -43,6 +50,9 @@ class GroupMeter:
     def __init__(self, numels: Sequence[int], dtypes: Sequence[str]) -> None:
         self._tensors = len(numels)
         self.tally = GradientTally(numels, dtypes)
+        # Of copies: of those that are measured without the GIL, and of others.
+        self.behind = GradientTally(numels, dtypes)
+        self._late = GradientTally(numels, dtypes)
 
     def measure(self, pointers: list[int], spectra: int) -> Measurement:
         """The tensors at these addresses, 0 where there is no gradient.
@@ -54,7 +64,14 @@ class GroupMeter:
 
     def pack(self, pointers: list[int], spectra: int) -> PackedMeasurement:
         """The same, as a trace is written from it."""
-        data, of_group, of_tensors = self.tally.measure(pointers, spectra)
+        return self._packed(self.tally, pointers, spectra)
+
+    def pack_copy(self, copy: Copy, spectra: int) -> PackedMeasurement:
+        """The same of a copy, while another thread may do so with the tensors themselves."""
+        return self._packed(self._late, copy.pointers, spectra)
+
+    def _packed(self, tally: GradientTally, pointers: list[int], spectra: int) -> PackedMeasurement:
+        data, of_group, of_tensors = tally.measure(pointers, spectra)
         return PackedMeasurement(data, self._tensors, spectra, of_group, of_tensors)
 
 
@@ -75,7 +92,7 @@ class CopiedGradients:
 
     def result(self) -> PackedMeasurement:
         """The measurement; once, and by one thread at a time for all of a group."""
-        packed = self.group.pack(self.copy.pointers, self.spectra)
+        packed = self.group.pack_copy(self.copy, self.spectra)
         self.room.append(self.copy)
         return packed
 
@@ -112,10 +129,9 @@ class Meter:
         self.unmeasured: dict[int, str] = {}
         self._dtypes: list[torch.dtype] = [torch.float32] * n
         self._numels = [0] * n
-        self._nbytes: list[int] = []
-        # Of copies, and of what is measured at once: two threads.
-        self._group: GroupMeter | None = None
-        self._at_once: GroupMeter
+        self._known: KnownTensors | None = None
+        self._group: GroupMeter
+        self._nbytes = 0
         self._small = False
         self._room: list[Copy] = []
         self._copies = 0
@@ -143,28 +159,47 @@ class Meter:
         copied = self.copied(gradients, spectra)
         if copied is not None:
             return copied
-        pointers = addresses(gradients, Tensor, torch.strided, self._dtypes, self._numels)
-        if pointers is None or self._group is None:
+        pointers = None if self._known is None else self._known.addresses(gradients)
+        if pointers is None:
             return self._measure_others(gradients, spectra)
-        return self._at_once.pack(pointers, spectra)
+        return self._group.pack(pointers, spectra)
 
     def copied(self, gradients: Sequence[Tensor | None], spectra: int) -> CopiedGradients | None:
         """Small gradients, to be measured later; None where these are not, or not as the last time."""
-        group = self._group
-        if group is None or not self._small:
+        known = self.known_small
+        copy = None if known is None else self._room.pop() if self._room else self.new_copy()
+        if known is None or copy is None:
             return None
-        copy = self._room.pop() if self._room else self._new_copy()
-        if copy is None:
-            return None
-        if copy.take(gradients, Tensor, torch.strided, self._dtypes, self._numels, self._nbytes):
-            return CopiedGradients(group, copy, self._room, spectra)
+        if copy.take(known, gradients):
+            return self.of_copy(copy, spectra)
         self._room.append(copy)
         return None
 
-    def _new_copy(self) -> Copy | None:
+    @property
+    def known_small(self) -> KnownTensors | None:
+        """The gradients as they were the last time, if they are small enough to be copied."""
+        return self._known if self._small else None
+
+    @property
+    def room(self) -> list[Copy]:
+        """Copies that are free."""
+        return self._room
+
+    @property
+    def behind(self) -> GradientTally:
+        """Measures copies of ``known_small`` in another thread."""
+        return self._group.behind
+
+    def of_copy(self, copy: Copy, spectra: int) -> CopiedGradients:
+        """Gradients that lie in a copy from ``room`` or ``new_copy``."""
+        return CopiedGradients(self._group, copy, self._room, spectra)
+
+    def new_copy(self) -> Copy | None:
         """Room for one more copy; None where too many wait to be measured already."""
+        if self._known is None or (self._copies + 1) * self._nbytes > WAITING_BYTES:
+            return None
         self._copies += 1
-        return Copy(self._nbytes) if self._copies * sum(self._nbytes) <= WAITING_BYTES else None
+        return Copy(self._known)
 
     @torch.no_grad()
     def _measure_others(self, gradients: Sequence[Tensor | None], spectra: int) -> Measurement | Pending | None:
@@ -184,10 +219,10 @@ class Meter:
         for i, elements in enumerate(held):
             if elements is not None and (elements.dtype is not self._dtypes[i] or elements.numel() != self._numels[i]):
                 self._dtypes[i], self._numels[i] = elements.dtype, elements.numel()
-                self._group = None
-        if self._group is None:
+                self._known = None
+        if self._known is None:
             self._prepare()
-        measured = self._at_once.measure([0 if e is None else e.data_ptr() or 1 for e in held], spectra)
+        measured = self._group.measure([0 if e is None else e.data_ptr() or 1 for e in held], spectra)
         if zeros.any():
             measured.zeros = measured.zeros + zeros
         return measured
@@ -195,9 +230,10 @@ class Meter:
     def _prepare(self) -> None:
         """For gradients of other sizes or dtypes than before."""
         dtypes = [DTYPES[dtype] for dtype in self._dtypes]
-        self._group, self._at_once = GroupMeter(self._numels, dtypes), GroupMeter(self._numels, dtypes)
-        self._nbytes = [numel * dtype.itemsize for numel, dtype in zip(self._numels, self._dtypes, strict=True)]
-        self._small = sum(self._nbytes) <= COPIED_BYTES
+        self._group = GroupMeter(self._numels, dtypes)
+        self._known = KnownTensors(TENSOR_TYPES, self._numels, dtypes)
+        self._nbytes = sum(numel * dtype.itemsize for numel, dtype in zip(self._numels, self._dtypes, strict=True))
+        self._small = self._nbytes <= COPIED_BYTES
         self._room, self._copies = [], 0
 
     def _elements(self, i: int, gradient: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from gradscope._meter import same_parameters
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.clip_groups import WatchedGroup, Witness
 
@@ -66,11 +67,7 @@ class OptimizerWatch:
 
     def changed(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether parameters were added or exchanged since ``refresh``."""
-        groups, held = optimizer.param_groups, self.parameters
-        number = 0
-        for group in groups:
-            number += len(group["params"])
-        return number != len(held) or not held or not groups[0]["params"] or groups[0]["params"][0] is not held[0]
+        return not same_parameters(optimizer, self.parameters)
 
     def refresh(self, optimizer: torch.optim.Optimizer) -> None:
         """Notice parameters that were added or exchanged since the last step."""

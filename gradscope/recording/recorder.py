@@ -7,9 +7,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -120,11 +119,9 @@ class Recorder:
         self._graphs_before = _graphs_compiled()
         # To stop at a step, its row has to be looked at.
         self._rows = RowQueue(self._write, self._write_plain if self._stop_on is None else None)
-        self._recorded = 0
-        self._last_step = -1
         self._lint = ClipLint(self._metadata.findings, self._changed)
         book = GroupBook(self._groups.describe, self._groups.extend)
-        self._watcher = Watcher(self, book, self._lint, self._sampling)
+        self._watcher = Watcher(self, book, self._lint, self._sampling, self._rows.batch)
 
     @property
     def findings(self) -> tuple[LintFinding, ...]:
@@ -134,7 +131,7 @@ class Recorder:
     @property
     def steps(self) -> int:
         """Steps recorded so far."""
-        return self._recorded
+        return self._rows.steps
 
     @property
     def optimizers_stepped(self) -> bool:
@@ -144,7 +141,7 @@ class Recorder:
     @property
     def why_nothing_was_recorded(self) -> str | None:
         """One line; None where a step was recorded."""
-        if self._recorded:
+        if self.steps:
             return None
         started = self._watcher.step >= self._sampling.start
         named = bool(self._metadata.tensors)
@@ -211,21 +208,23 @@ class Recorder:
         """Take one row from the watcher (see ``watcher.Sink``)."""
         if not call.measured:
             return
-        if self._max_steps is not None and step != self._last_step and self._recorded >= self._max_steps:
+        if self.steps_left == 0 and step != self._rows.last_step:
             self._watcher.stop()
             return
-        if step != self._last_step:
-            self._recorded += 1
-            self._last_step = step
         self._rows.put(step, self._groups.number_of(call), call, stepped, update_norms)
         # Otherwise the writer's thread drains them, many at a time.
         if self._writer is None or self._stop_on is not None:
             self._rows.drain()
 
-    def _in_background(self, work: Callable[[], None]) -> None:
+    @property
+    def steps_left(self) -> int:
+        """How many more steps are to be recorded, -1: all (see ``watcher.Sink``)."""
+        return -1 if self._max_steps is None else self._max_steps - self.steps
+
+    def _drain(self) -> None:
         """In the writer's thread, where an error would be seen by nobody."""
         try:
-            work()
+            self._rows.drain()
         except Exception as error:  # noqa: BLE001
             self._watcher.stop()
             self.failed(error)
@@ -265,8 +264,8 @@ class Recorder:
         elif metadata.world_size > 1:
             metadata.run = common_run()
         self.path, writer = open_trace(self.path, metadata, self._force)
-        writer.at_times = partial(self._in_background, self._rows.measure)
-        writer.before_flush = partial(self._in_background, self._rows.drain)
+        writer.meanwhile = self._rows.measure_for
+        writer.before_flush = self._drain
         if self._launched is not None:
             self._launched.leave_note(MADE, str(self.path))
         # Registered after the writer's own, and so before it: the end is still to be written down.
@@ -279,7 +278,7 @@ class Recorder:
             return
         self._metadata.ended = time.time()
         # Not all of them were written if a write has failed.
-        self._metadata.steps = self._recorded if writer.error is None else None
+        self._metadata.steps = self.steps if writer.error is None else None
         writer.close()
         if writer.error is not None and self._ended_early is None:
             self._say(f"recording stopped{self._what_is_left(writer.error)}")
@@ -290,7 +289,7 @@ class Recorder:
     def _what_is_left(self, error: str) -> str:
         if not self.path.exists() or run_of(self.path) not in (None, self._metadata.run):
             return f": {self.path} has disappeared"
-        return f" after {steps_on_disk(self.path)} of {self._recorded} steps: {error}"
+        return f" after {steps_on_disk(self.path)} of {self.steps} steps: {error}"
 
     def _say(self, what: str) -> None:
         self._ended_early = what
@@ -321,7 +320,7 @@ class Recorder:
     def _note_unused(self, watch: OptimizerWatch) -> None:
         unused = [watch.unused[i] for i in watch.never if i in watch.unused]
         if unused:
-            self._lint.unused(watch.name, unused, self._last_step)
+            self._lint.unused(watch.name, unused, self._rows.last_step)
 
 
 def _graphs_compiled() -> int:

@@ -19,6 +19,8 @@ from gradscope.recording.scalars import take_down
 from gradscope.trace.measurement import Bins, Measurement, PackedMeasurement, Row, unpacked
 from gradscope.trace.pending_rows import PackedRows
 
+# How often what was copied is measured: so often that it is still warm.
+TICK_SECONDS = 0.008
 # More of either do not wait for the writer's thread: copied gradients, and other rows.
 MOST_COPIED = 4096
 MOST_WAITING = 64
@@ -64,15 +66,31 @@ class RowQueue:
         """Take in a row."""
         if stepped is not True and isinstance(stepped, Tensor):
             stepped = take_down(stepped)
-        if self._waiting or self._extend is None or not self._batch.take(step, group, call, stepped, update_norms):
+        self._batch.count(step)
+        if self._extend is None or not self._batch.take(step, group, call, stepped, update_norms):
+            self._batch.behind = True
             self._waiting.append(_Waiting(step, group, call, stepped, update_norms))
             if len(self._waiting) >= MOST_WAITING or self._batch.full:
                 self.drain()
 
-    def measure(self) -> None:
-        """Measure what was copied; the copies are free then."""
-        with self._draining:
-            self._batch.measure()
+    @property
+    def batch(self) -> RowBatch | None:
+        """Where rows of copied gradients may be put; None where each is looked at."""
+        return None if self._extend is None else self._batch
+
+    @property
+    def steps(self) -> int:
+        """How many steps rows have come of."""
+        return self._batch.steps
+
+    @property
+    def last_step(self) -> int:
+        """The last of them, -1 before the first."""
+        return self._batch.last_step
+
+    def measure_for(self, seconds: float) -> bool:
+        """Measure what was copied, again and again for so long; the copies are free then.  False after ``finish``."""
+        return self._batch.measure_for(seconds, TICK_SECONDS)
 
     def drain(self) -> None:
         """Write the rows that are there, up to the first that a device still works on."""
@@ -85,6 +103,7 @@ class RowQueue:
 
     def finish(self) -> None:
         """Write all rows, and wait for those that a device still works on."""
+        self._batch.end()
         with self._draining:
             for _ in range(self._write_copied()):
                 self._write_first()
@@ -94,7 +113,6 @@ class RowQueue:
         """Write those of the batch; how many of the others may follow at once."""
         behind = len(self._waiting)
         if self._extend is not None:
-            self._batch.measure()
             measured = self._batch.hand_over()
             if measured is not None:
                 self._extend(PackedRows(*measured))
@@ -102,6 +120,7 @@ class RowQueue:
 
     def _write_first(self) -> None:
         row = self._waiting.popleft()
+        self._batch.behind = bool(self._waiting)
         self._write(_row(row), row.call)
 
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradscope.recording.meter import DTYPES, UpdateMeter
+from gradscope._meter import KnownTensors
+from gradscope.recording.meter import DTYPES, TENSOR_TYPES, UpdateMeter
 from gradscope.recording.placement import local
 
 # What the copy of a group's weights may take on a device at a time; of more, every call takes the next tensors in turn.
@@ -24,27 +25,46 @@ class UpdateNorms:
     def __init__(self, parameters: Sequence[weakref.ref[Tensor]]) -> None:
         self._parameters = tuple(parameters)
         self._meter: UpdateMeter | None = None
+        self._known: KnownTensors | None = None
         self._lie: tuple[Any, ...] = ()
         self._copies: dict[int, Tensor] = {}
         self._turn = 0
 
-    @torch.no_grad()
     def before(self) -> Any:
         """‖θ‖ per tensor, float64 (a PendingNorms from a device); the weights are remembered."""
+        pointers = self._pointers()
+        if pointers is not None and self._meter is not None:
+            return self._meter.before(pointers)
+        return self._before_others()
+
+    def _pointers(self) -> list[int] | None:
+        """Where the weights lie, if they are plain tensors in memory as they were the last time."""
+        return None if self._known is None else self._known.addresses([ref() for ref in self._parameters])
+
+    @torch.no_grad()
+    def _before_others(self) -> Any:
         held = self._held()
         if not _in_memory(held):
-            self._meter = None
+            self._meter = self._known = None
             self._copy(held)
             return PendingNorms(held)
         lie = tuple((p.numel(), p.dtype) for p in held if p is not None)
         if self._meter is None or lie != self._lie:
             self._lie = lie
-            self._meter = UpdateMeter([numel for numel, _ in lie], [DTYPES[dtype] for _, dtype in lie])
+            sizes, dtypes = [numel for numel, _ in lie], [DTYPES[dtype] for _, dtype in lie]
+            self._meter = UpdateMeter(sizes, dtypes)
+            self._known = KnownTensors(TENSOR_TYPES, sizes, dtypes)
         return self._meter.before([p.data_ptr() for p in held if p is not None])
 
-    @torch.no_grad()
     def after(self) -> Any:
         """‖θ' − θ‖ per tensor, likewise; NaN for a tensor whose turn it was not."""
+        pointers = self._pointers()
+        if pointers is not None and self._meter is not None:
+            return self._meter.after(pointers)
+        return self._after_others()
+
+    @torch.no_grad()
+    def _after_others(self) -> Any:
         held = self._held()
         if self._meter is not None:
             return self._meter.after([p.data_ptr() for p in held if p is not None])

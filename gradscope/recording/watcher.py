@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gradscope._meter import SteadySteps
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.clip_groups import GroupBook, WatchedGroup, Witness, call_site
 from gradscope.recording.lint import ClipLint
@@ -24,7 +25,10 @@ from gradscope.recording.naming import parameter_ids
 from gradscope.recording.optimizers import OptimizerWatch
 from gradscope.recording.sampling import Sampling
 from gradscope.recording.scalars import take_down
-from gradscope.recording.steady import STEPS_TO_BELIEVE, SteadyStep
+from gradscope.recording.steady import STEPS_TO_BELIEVE, clip_call, expected, plans_after, witness_of
+
+if TYPE_CHECKING:
+    from gradscope._meter import ExpectedClip, RowBatch
 
 INFINITY = float("inf")
 # An optimizer that joins after so many steps of the others is taken for the beginning of another training.
@@ -47,15 +51,27 @@ class Sink(Protocol):
     def names_of(self, parameters: list[Tensor]) -> list[str]:
         """The names of parameters that were met before."""
 
+    @property
+    def steps_left(self) -> int:
+        """How many more steps are to be recorded, -1: all."""
+
 
 class Watcher:
-    """Told by ``Interception`` what happens; tells ``sink`` the rows and ``lint`` what is wrong."""
+    """Told by ``Interception`` what happens; tells ``sink`` the rows and ``lint`` what is wrong.
 
-    def __init__(self, sink: Sink, book: GroupBook, lint: ClipLint, sampling: Sampling) -> None:
+    ``steady`` sees steps that are like the last, and puts their rows straight into ``rows`` (None: sees none).
+    """
+
+    def __init__(
+        self, sink: Sink, book: GroupBook, lint: ClipLint, sampling: Sampling, rows: RowBatch | None = None
+    ) -> None:
         self.sink = sink
         self.step = 0
         self.fault: str | None = None
-        self.steady: SteadyStep | None = None
+        self.steady = SteadySteps(rows, time.time, self._emit_steady, self._after_left_clip, self.broke)
+        # What the fast path saw begin, before another thread did something that it had not expected.
+        self._left_clip: ClipCall | None = None
+        self._left_steps: dict[int, tuple[OptimizerWatch, list[ClipCall]]] = {}
         self._book = book
         self._lint = lint
         self._sampling = sampling
@@ -82,40 +98,40 @@ class Watcher:
     def stop(self) -> None:
         """Look at nothing any more."""
         self._active = False
-        self.steady = None
+        self.steady.leave()
 
     def leave_steady(self) -> None:
         """Something is not as it was at the last steps: take over what the fast path has seen of this one."""
-        if self.steady is None:
+        if not self.steady.on:
             return
         with self._lock:
-            steady, self.steady = self.steady, None
-            if steady is None:
+            left = self.steady.leave()
+            if left is None:
                 return
-            steady.left = True
-            self._take_over(steady)
-            # A step that another thread is making will be concluded there; one of this thread has failed.
-            if not steady.stepping or self._local.steady is steady:
-                self._local.steady = None
-                for call in steady.seen:
+            watch, step, clips, seen, spectra = left
+            watch.finished += step - watch.round
+            watch.round = self.step = step
+            watch.used = [witness_of(clip) for clip in clips]
+            calls = [clip_call(clip, spectra) for clip in clips[:seen]]
+            if self.steady.clipping:
+                self._left_clip = calls[-1]
+            if self.steady.stepping:
+                # Another thread is making the step, and concludes it.
+                self._left_steps[self.steady.stepping] = watch, calls
+            else:
+                for call in calls:
                     self._calls[call.parts[0][0]] = call
 
-    def after_steady_step(self, steady: SteadyStep) -> None:
-        """This thread has made a step that the fast path saw begin."""
-        self._local.steady = None
-        if not steady.after_step():
-            with self._lock:
-                steady.watch.calls = steady.seen
-                self._conclude(steady.watch, True)
+    def _emit_steady(self, step: int, clip: ExpectedClip, spectra: int, update_norms: Any) -> None:
+        self.sink.emit(step, clip_call(clip, spectra), True, [] if update_norms is None else [update_norms])
 
-    def _take_over(self, steady: SteadyStep) -> None:
-        watch = steady.watch
-        watch.finished += steady.step - watch.round
-        watch.round = self.step = steady.step
-        watch.used = [group.used for group in watch.last_groups if group.used is not None]
+    def _after_left_clip(self, total_norm: Any) -> None:
+        call, self._left_clip = self._left_clip, None
+        if call is not None:
+            self.after_clip(call, total_norm)
 
-    def _steady_after(self, watch: OptimizerWatch, calls: list[ClipCall], stepped: Any) -> SteadyStep | None:
-        """A fast path for the next steps of ``watch``, if they can be expected to be like this one and those before."""
+    def _expect_more(self, watch: OptimizerWatch, calls: list[ClipCall], stepped: Any) -> None:
+        """Have the fast path look at the next steps of ``watch``, if they will be like this one and those before."""
         groups = [call.parts[0][0] for call in calls]
         watch.equal_steps = watch.equal_steps + 1 if groups == watch.last_groups else 0
         watch.last_groups = groups
@@ -130,15 +146,15 @@ class Watcher:
             or self._calls
             or self._local.stepping
             or self._stepped != [watch]
-            or not all(call.steady and call.parts[0][0].kept is None for call in calls)
+            or len(watch.used) != len(groups)
+            or not all(call.steady for call in calls)
             or watch.rest(tuple([group.members for group in groups]))
         ):
-            return None
-        for call in calls:
-            call.parts[0][0].used = None
-        for witness, group in zip(watch.used, groups, strict=False):
-            group.used = witness
-        return SteadyStep(optimizer, watch, groups, self.step, self._sampling, self.sink.emit, self._lock)
+            return
+        clips = [clip for clip in map(expected, groups, watch.used) if clip is not None]
+        if len(clips) == len(groups):
+            plans = plans_after(self.step, self._sampling)
+            self.steady.begin(watch, optimizer, clips, self.step, plans, self.sink.steps_left)
 
     # --- clip calls --------------------------------------------------------------------------------------------------
 
@@ -287,6 +303,7 @@ class Watcher:
     def before_step(self, optimizer: torch.optim.Optimizer, frame: FrameFinder) -> None:
         """``optimizer`` is about to use its gradients."""
         with self._lock:
+            self._left_steps.pop(threading.get_ident(), None)
             watch = self._enter(optimizer, frame)
             if watch is not None:
                 self._capture(watch, optimizer)
@@ -318,6 +335,11 @@ class Watcher:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer`` has stepped, or a fused one has decided not to."""
         with self._lock:
+            left = self._left_steps.pop(threading.get_ident(), None)
+            if left is not None:
+                left[0].calls = left[1]
+                self._conclude(left[0], True)
+                return
             watch = self._local.stepping.pop() if self._local.stepping else None
             if watch is None or watch.ref() is not optimizer or not watch.captured:
                 return
@@ -456,7 +478,7 @@ class Watcher:
             if call.max_norm == INFINITY:
                 group = call.parts[0][0]
                 self._lint.threshold(INFINITY, "max_norm", call.where, self.step, self._name(group))
-        self.steady = self._steady_after(watch, calls, stepped)
+        self._expect_more(watch, calls, stepped)
 
     def _another_training(self) -> bool:
         """Whether an optimizer that steps for the first time begins a training, and no part of one under way.
@@ -504,15 +526,11 @@ class Watcher:
 
 
 class _Depth(threading.local):
-    """How deep this thread is inside clip calls, and the optimizers in whose steps it is (None: part of an outer's).
-
-    ``steady`` is the fast path that saw the step begin which this thread is making.
-    """
+    """How deep this thread is inside clip calls, and the optimizers in whose steps it is (None: part of an outer's)."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.stepping: list[OptimizerWatch | None] = []
-        self.steady: SteadyStep | None = None
 
     def __enter__(self) -> None:
         self.depth += 1

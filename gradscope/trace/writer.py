@@ -6,7 +6,6 @@ import atexit
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -22,8 +21,6 @@ from gradscope.trace.schema import TraceMetadata, metadata_name, stream_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# How often rows may be measured that are still to be: so often that their memory is still warm.
-TICK_SECONDS = 0.05
 # What may wait for a disk that has stopped taking anything.
 MOST_PENDING_BYTES = 256 << 20
 # How an Arrow stream ends: the continuation mark and a message of no length.
@@ -47,8 +44,9 @@ class TraceWriter:
         Raises FileExistsError where this rank has a stream already, and OSError where the files cannot be made.
         """
         self.error: str | None = None
-        # Called by the writing thread: every TICK_SECONDS, and before it writes, for rows that are made only then.
-        self.at_times: Callable[[], None] | None = None
+        # Called by the writing thread: to do something else for so many seconds (False: nothing to do), and before it
+        # writes, for rows that are made only then.
+        self.meanwhile: Callable[[float], bool] | None = None
         self.before_flush: Callable[[], None] | None = None
         self.path = directory / stream_name(metadata.rank)
         self._metadata = metadata
@@ -140,16 +138,12 @@ class TraceWriter:
                 self.error = self.error or error.strerror
 
     def _flush_every(self, seconds: float) -> None:
-        due = time.monotonic() + seconds
-        while not self._ended.wait(TICK_SECONDS):
-            if time.monotonic() < due:
-                if self.at_times is not None:
-                    self.at_times()
-            else:
-                if self.before_flush is not None:
-                    self.before_flush()
-                self.flush()
-                due = time.monotonic() + seconds
+        while not self._ended.is_set():
+            if self.meanwhile is None or not self.meanwhile(seconds):
+                self._ended.wait(seconds)
+            if self.before_flush is not None:
+                self.before_flush()
+            self.flush()
 
     def _flush(self) -> None:
         with self._lock:
