@@ -17,7 +17,6 @@ from libc.stdint cimport UINT32_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-import os
 import threading
 
 cdef extern from *:
@@ -45,6 +44,19 @@ cdef extern from *:
     #define MAGNITUDE GM_ABS64
     #define COUNT_ZEROS 1
     #include "block_sums.h"
+
+    /* A number that one thread counts up and another reads; what was written before it is there when it is.
+       GM_NEXT counts up, and returns what it was. */
+    #if defined(__GNUC__)
+    #define GM_PUBLISH(counter, value) __atomic_store_n(counter, value, __ATOMIC_RELEASE)
+    #define GM_READ(counter) __atomic_load_n(counter, __ATOMIC_ACQUIRE)
+    #define GM_NEXT(counter) __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)
+    #else
+    #include <intrin.h>
+    #define GM_PUBLISH(counter, value) _InterlockedExchange64((volatile __int64 *)(counter), (__int64)(value))
+    #define GM_READ(counter) (uint64_t)_InterlockedOr64((volatile __int64 *)(counter), 0)
+    #define GM_NEXT(counter) (uint64_t)_InterlockedExchangeAdd64((volatile __int64 *)(counter), 1)
+    #endif
 
     /* What each element adds to its entry: 2**40 + low bits, and the square of these. */
     VECTORS static void gm_addends(const uint32_t *RESTRICT x, size_t n, uint32_t *RESTRICT bin,
@@ -209,6 +221,9 @@ cdef extern from *:
         double squares
     const uint64_t GM_ABS64
     const uint64_t GM_INF64
+    void GM_PUBLISH(uint64_t *counter, uint64_t value) nogil
+    uint64_t GM_READ(uint64_t *counter) nogil
+    uint64_t GM_NEXT(uint64_t *counter) nogil
     void gm_block32(const uint32_t *x, size_t n, block_sums *out) nogil
     void gm_block64(const uint64_t *x, size_t n, block_sums *out) nogil
     void gm_tally32(const uint32_t *x, size_t n, uint64_t *table) nogil
@@ -824,6 +839,82 @@ cdef char *more(Grown *grown, size_t size) noexcept nogil:
     return grown.data + needed - size
 
 
+# Runs a function in the threads of an OpenMP team; NULL: in a thread of our own.
+ctypedef void (*Work)(void *) noexcept nogil
+ctypedef void (*Parallel)(Work work, void *data, unsigned threads, unsigned flags) noexcept nogil
+cdef Parallel openmp_parallel = NULL
+
+
+def use_openmp(size_t parallel):
+    """Divide large groups among the threads of the OpenMP library whose ``GOMP_parallel`` lies there; 0: of none."""
+    global openmp_parallel
+    openmp_parallel = <Parallel>parallel
+
+
+cdef struct Halves:
+    # Half 0 and half 1 of something, for whichever thread comes first.
+    void (*half)(void *of, int number) noexcept nogil
+    void *of
+    uint64_t taken
+
+
+cdef void run_halves(void *data) noexcept nogil:
+    cdef Halves *halves = <Halves *>data
+    cdef uint64_t number = GM_NEXT(&halves.taken)
+    while number < 2:
+        halves.half(halves.of, <int>number)
+        number = GM_NEXT(&halves.taken)
+
+
+def run_half_of(size_t halves):
+    """What a thread of our own does."""
+    with nogil:
+        run_halves(<void *>halves)
+
+
+cdef int in_two_threads(void (*half)(void *of, int number) noexcept nogil, void *of) except -1:
+    """Runs ``half(of, 0)`` and ``half(of, 1)``, each in a thread if possible."""
+    cdef Halves halves
+    halves.half, halves.of, halves.taken = half, of, 0
+    if openmp_parallel != NULL:
+        with nogil:
+            openmp_parallel(run_halves, &halves, 2, 0)
+        return 0
+    work = threading.Thread(target=run_half_of, args=(<size_t>&halves,))
+    try:
+        work.start()
+    except RuntimeError:
+        # No new threads, as at the end of the interpreter.
+        work = None
+    with nogil:
+        run_halves(&halves)
+    if work is not None:
+        try:
+            work.join()
+        finally:
+            # An interrupt must not leave it reading what is about to be reused.
+            work.join()
+    return 0
+
+
+cdef struct TwoTallies:
+    void *first
+    void *second
+    Piece *pieces
+    Py_ssize_t shared
+    Py_ssize_t last
+    int spectra
+
+
+cdef void half_of_tensors(void *data, int number) noexcept nogil:
+    """The second half goes backwards, so that the tensor that they share is the last of both."""
+    cdef TwoTallies *two = <TwoTallies *>data
+    if number == 0:
+        (<Tally>two.first).run(two.pieces, two.shared + 1, 1, two.spectra)
+    else:
+        (<Tally>two.second).run(two.pieces + two.last, two.last - two.shared, -1, two.spectra)
+
+
 cdef class GradientTally(Tensors):
     """Measures the gradients of one clip group; not to be shared between threads.
 
@@ -842,12 +933,13 @@ cdef class GradientTally(Tensors):
     def __dealloc__(self):
         free(self.present)
 
-    def measure(self, list pointers not None, int spectra):
+    def measure(self, list pointers not None, int spectra, bint divided=False):
         """``(data, group bins, tensor bins)`` of the tensors at these addresses; 0 is a tensor without a gradient.
 
         ``data`` holds, one after the other: sum_squares and max_abs (float64), zeros, nan and inf (int64) [tensors];
         count (uint32), mean and spread (float32) of the group's bins, then of the tensors'; how many bins each tensor
         has (int32); and the codes (uint16) of both.  ``spectra``: 0 none, 1 the group's, 2 the tensors' too.
+        ``divided``: between two threads, if they are large.
         """
         cdef Py_ssize_t n = self.point(pointers, self.present, False), cut = self.tensors
         cdef Py_ssize_t i
@@ -858,7 +950,7 @@ cdef class GradientTally(Tensors):
             tally.totals[i] = Totals(NAN, 0.0, 0, 0, 0, 0)
         for i in range(n):
             tally.totals[self.present[i].tensor].squares = 0.0
-        if self.elements > TWO_THREADS and (os.cpu_count() or 1) > 1:
+        if divided and self.elements > TWO_THREADS:
             cut = self.measure_in_two(tally, n, spectra)
         elif self.elements > GIL_ELEMENTS:
             with nogil:
@@ -940,10 +1032,8 @@ cdef class GradientTally(Tensors):
         head.tensor_bins = <int32_t>of_tensors
 
     cdef Py_ssize_t measure_in_two(self, Tally tally, Py_ssize_t n, int spectra) except -1:
-        """Measures one half of the elements in a second thread; returns the last tensor whose bins ``tally`` has.
-
-        That thread goes backwards, so that the tensor that they share is the last of both.
-        """
+        """Measures each half of the elements in a thread; returns the last tensor whose bins ``tally`` has."""
+        cdef TwoTallies two
         cdef Piece *pieces = self.present
         cdef uint64_t first = self.elements // 2
         cdef Py_ssize_t shared = 0, i
@@ -961,20 +1051,9 @@ cdef class GradientTally(Tensors):
         pieces[shared + 1].whole = False
         for i in range(shared + 1, n + 1):
             second.totals[pieces[i].tensor] = Totals(0.0, 0.0, 0, 0, 0, 0)
-        work = threading.Thread(target=self.run_backwards, args=(second, n, n - shared, spectra))
-        try:
-            work.start()
-        except RuntimeError:
-            # No new threads, as at the end of the interpreter.
-            self.run_backwards(second, n, n - shared, spectra)
-        with nogil:
-            tally.run(pieces, shared + 1, 1, spectra)
-        if work.ident is not None:
-            try:
-                work.join()
-            finally:
-                # An interrupt must not leave it reading what is about to be reused.
-                work.join()
+        two.first, two.second, two.pieces = <void *>tally, <void *>second, pieces
+        two.shared, two.last, two.spectra = shared, n, spectra
+        in_two_threads(half_of_tensors, &two)
         for i in range(shared + 1, n + 1):
             add_totals(&tally.totals[pieces[i].tensor], &second.totals[pieces[i].tensor])
         if spectra == 2:
@@ -984,11 +1063,6 @@ cdef class GradientTally(Tensors):
         move(&second.group, &tally.group)
         self.second = second
         return pieces[shared].tensor
-
-    def run_backwards(self, Tally tally not None, Py_ssize_t last, Py_ssize_t n, int spectra):
-        """What the second thread does."""
-        with nogil:
-            tally.run(self.present + last, n, -1, spectra)
 
     cdef pack(self, Tally tally, Py_ssize_t cut, int spectra):
         cdef Py_ssize_t n = self.tensors, i, column
@@ -1157,6 +1231,10 @@ cdef class UpdateTally(Tensors):
     cdef Py_ssize_t turn
     # Of two threads.
     cdef uint32_t *rooms
+    # Of the call under way.
+    cdef double *out
+    cdef int cut, end
+    cdef bint of_changes
 
     def __init__(self, numels, dtypes, limit=256 << 20):
         cdef Py_ssize_t i
@@ -1185,62 +1263,48 @@ cdef class UpdateTally(Tensors):
         """Rounded up, so that copies stay aligned."""
         return (self.pieces[i].numel * self.pieces[i].itemsize + 63) & ~<size_t>63
 
-    def before(self, list pointers not None):
-        """The norm of every tensor, NaN where its address is 0, as the bytes of float64; copies what has its turn."""
+    def before(self, list pointers not None, bint divided=False):
+        """The norm of every tensor, NaN where its address is 0, as the bytes of float64; copies what has its turn.
+
+        ``divided``: between two threads, if they are large.
+        """
         cdef int n = self.point(pointers, self.present, True)
         self.plan_copies(n)
-        return self.norms(n, False)
+        return self.norms(n, False, divided)
 
-    def after(self, list pointers not None):
+    def after(self, list pointers not None, bint divided=False):
         """The norm of every tensor's change since ``before``, as the bytes of float64; NaN where it was not copied."""
-        return self.norms(self.point(pointers, self.present, True), True)
+        return self.norms(self.point(pointers, self.present, True), True, divided)
 
-    cdef norms(self, int n, bint of_changes):
+    cdef norms(self, int n, bint of_changes, bint divided):
         cdef Py_ssize_t i
-        cdef int cut = n
         cdef uint64_t first = 0
         norms = PyBytes_FromStringAndSize(NULL, 8 * self.tensors)
         cdef double *out = <double *>PyBytes_AS_STRING(norms)
         for i in range(self.tensors):
             out[i] = NAN
-        work = None
-        if self.elements > TWO_THREADS and (os.cpu_count() or 1) > 1:
-            cut = 0
+        self.out, self.end, self.cut, self.of_changes = out, n, 0, of_changes
+        if divided and self.elements > TWO_THREADS:
             while first < self.elements // 2:
-                first += self.present[cut].numel
-                cut += 1
-            work = threading.Thread(target=self.run_rest, args=(cut, n, of_changes, <size_t>out))
-            try:
-                work.start()
-            except RuntimeError:
-                # No new threads, as at the end of the interpreter.
-                work, cut = None, n
-        with nogil:
-            self.run(0, cut, of_changes, out, self.rooms)
-        if work is not None:
-            try:
-                work.join()
-            finally:
-                # An interrupt must not leave it writing what is about to be read.
-                work.join()
+                first += self.present[self.cut].numel
+                self.cut += 1
+            in_two_threads(half_of_norms, <void *>self)
+        else:
+            with nogil:
+                self.run(0, n, self.rooms)
         return norms
 
-    def run_rest(self, int first, int end, bint of_changes, size_t out):
-        """What the second thread does."""
-        with nogil:
-            self.run(first, end, of_changes, <double *>out, self.rooms + 4 * BLOCK)
-
-    cdef void run(self, int first, int end, bint of_changes, double *out, uint32_t *rooms) noexcept nogil:
+    cdef void run(self, int first, int end, uint32_t *rooms) noexcept nogil:
         cdef const Piece *piece
         cdef char *copy
         cdef int i
         for i in range(first, end):
             piece = &self.present[i]
             copy = NULL if self.where[piece.tensor] < 0 else self.copy + self.where[piece.tensor]
-            if not of_changes:
-                out[piece.tensor] = norm_and_copy(piece, copy, rooms)
+            if not self.of_changes:
+                self.out[piece.tensor] = norm_and_copy(piece, copy, rooms)
             elif copy != NULL:
-                out[piece.tensor] = distance(piece, copy, rooms, rooms + 2 * BLOCK)
+                self.out[piece.tensor] = distance(piece, copy, rooms, rooms + 2 * BLOCK)
 
     cdef void plan_copies(self, int n) noexcept nogil:
         """Settles which tensors are copied, and where to."""
@@ -1260,6 +1324,13 @@ cdef class UpdateTally(Tensors):
             elif size <= self.room and next_turn < 0:
                 next_turn = tensor
         self.turn = next_turn if next_turn >= 0 else 0
+
+
+cdef void half_of_norms(void *of, int number) noexcept nogil:
+    if number == 0:
+        (<UpdateTally>of).run(0, (<UpdateTally>of).cut, (<UpdateTally>of).rooms)
+    else:
+        (<UpdateTally>of).run((<UpdateTally>of).cut, (<UpdateTally>of).end, (<UpdateTally>of).rooms + 4 * BLOCK)
 
 
 include "row_batch.pxi"

@@ -32,18 +32,7 @@ cdef Memory handed_over(Grown *grown):
 cdef extern from *:
     """
     #include <pythread.h>
-    /* A number that one thread counts up and another reads; what was written before it is there when it is. */
-    #if defined(__GNUC__)
-    #define GM_PUBLISH(counter, value) __atomic_store_n(counter, value, __ATOMIC_RELEASE)
-    #define GM_READ(counter) __atomic_load_n(counter, __ATOMIC_ACQUIRE)
-    #else
-    #include <intrin.h>
-    #define GM_PUBLISH(counter, value) _InterlockedExchange64((volatile __int64 *)(counter), (__int64)(value))
-    #define GM_READ(counter) (uint64_t)_InterlockedOr64((volatile __int64 *)(counter), 0)
-    #endif
     """
-    void GM_PUBLISH(uint64_t *counter, uint64_t value) nogil
-    uint64_t GM_READ(uint64_t *counter) nogil
     ctypedef void *PyThread_type_lock
     PyThread_type_lock PyThread_allocate_lock()
     void PyThread_free_lock(PyThread_type_lock lock)

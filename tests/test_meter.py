@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradscope._meter import GradientTally
+from gradscope._meter import GradientTally, use_openmp
 from gradscope.recording.meter import DTYPES, GroupMeter, Meter, UpdateMeter
+from gradscope.recording.torch_threads import join_torch_threads
 from gradscope.trace.bins import edges
 from gradscope.trace.measurement import Bins, Measurement
 
@@ -93,9 +94,28 @@ def test_a_square_that_overflows_float64_is_infinite() -> None:
     assert row.max_abs.tolist() == [1e200, float(np.float32(3e38))]
 
 
+@pytest.fixture
+def threads_of_our_own() -> Iterator[None]:
+    """Instead of torch's."""
+    join_torch_threads()
+    use_openmp(0)
+    yield
+    join_torch_threads.cache_clear()
+    join_torch_threads()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_groups_whether_divided_or_not(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    check_large_groups()
+
+
+def test_large_groups_in_threads_of_our_own(threads_of_our_own: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    check_large_groups()
+
+
+def check_large_groups() -> None:
     generator = torch.Generator().manual_seed(2)
     tensors: list[Tensor | None] = [
         torch.randn(300_001, generator=generator),
@@ -257,6 +277,24 @@ def test_weight_and_update_norms(dtype: torch.dtype) -> None:
     assert meter.after(pointers) == pytest.approx(changes, rel=1e-12)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_update_norms_of_large_groups(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    weights = [torch.randn(n) for n in (700_001, 3, 900_000, 17)]
+    meter = UpdateMeter([w.numel() for w in weights], ["float32"] * 4)
+    pointers = [w.data_ptr() for w in weights]
+    norms = meter.before(pointers)
+    changes = [torch.randn_like(w) * 1e-3 for w in weights]
+    before = [w.clone() for w in weights]
+    for weight, change in zip(weights, changes, strict=True):
+        weight.add_(change)
+    updates = meter.after(pointers)
+    for i, (old, new) in enumerate(zip(before, weights, strict=True)):
+        assert norms[i] == pytest.approx(float(old.double().norm()), rel=1e-12)
+        assert updates[i] == pytest.approx(float((new.double() - old.double()).norm()), rel=1e-12)
+
+
 def test_weights_beyond_the_limit_take_turns() -> None:
     weights = [torch.zeros(n) for n in (64, 64, 64, 1000)]
     meter = UpdateMeter([w.numel() for w in weights], ["float32"] * 4, limit=512)
@@ -275,11 +313,13 @@ def test_weights_beyond_the_limit_take_turns() -> None:
     assert {norm for norms in seen for norm in norms if not math.isnan(norm)} == {8.0}
 
 
-def test_a_large_group_is_measured_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_group_is_measured_where_no_thread_can_be_started(
+    threads_of_our_own: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     tensors = [torch.randn(700_000), torch.randn(700_000)]
     row = measure(tensors)

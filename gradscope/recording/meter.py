@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradscope._meter import Copy, GradientTally, KnownTensors, TensorTypes, UpdateTally
+from gradscope.recording.torch_threads import join_torch_threads
 from gradscope.trace.measurement import Measurement, PackedMeasurement
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class GroupMeter:
         return self._packed(self._late, copy.pointers, spectra)
 
     def _packed(self, tally: GradientTally, pointers: list[int], spectra: int) -> PackedMeasurement:
-        data, of_group, of_tensors = tally.measure(pointers, spectra)
+        data, of_group, of_tensors = tally.measure(pointers, spectra, torch.get_num_threads() > 1)
         return PackedMeasurement(data, self._tensors, spectra, of_group, of_tensors)
 
 
@@ -109,11 +110,11 @@ class UpdateMeter:
 
     def before(self, pointers: list[int]) -> NDArray[np.float64]:
         """‖θ‖ (float64 [tensors]) of the tensors at these addresses, NaN where that is 0; copies those in turn."""
-        return np.frombuffer(self._tally.before(pointers), np.float64)
+        return np.frombuffer(self._tally.before(pointers, torch.get_num_threads() > 1), np.float64)
 
     def after(self, pointers: list[int]) -> NDArray[np.float64]:
         """‖θ' − θ‖ (float64 [tensors]) since ``before``; NaN for a tensor that was left out."""
-        return np.frombuffer(self._tally.after(pointers), np.float64)
+        return np.frombuffer(self._tally.after(pointers, torch.get_num_threads() > 1), np.float64)
 
 
 class Meter:
@@ -234,6 +235,8 @@ class Meter:
         self._known = KnownTensors(TENSOR_TYPES, self._numels, dtypes)
         self._nbytes = sum(numel * dtype.itemsize for numel, dtype in zip(self._numels, self._dtypes, strict=True))
         self._small = self._nbytes <= COPIED_BYTES
+        if not self._small:
+            join_torch_threads()
         self._room, self._copies = [], 0
 
     def _elements(self, i: int, gradient: Tensor) -> Tensor | None:
