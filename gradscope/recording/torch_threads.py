@@ -31,7 +31,7 @@ def join_torch_threads() -> None:
     # Not such a library after all, where it is missing: threads of our own do it.
     parallel = getattr(calls, "GOMP_parallel", None)
     if parallel is not None:
-        use_openmp(ctypes.cast(parallel, ctypes.c_void_p).value)
+        use_openmp(ctypes.cast(parallel, ctypes.c_void_p).value or 0)
 
 
 def _loaded_openmp() -> str | None:
