@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.optimizer_state import OptimizerState
+from gradscope.optimizer_state import AdamMoments, OptimizerState
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.tensors import ClipGroup, TensorInfo
 
@@ -101,7 +101,8 @@ class GradientStep:
     whole, as float64 or float32 of its own shape, where the source still has its elements.
 
     ``present`` (bool) says which tensors had a gradient at this step, None: all.  The others are zeros here, as
-    clipping sees them, but tell nothing of those tensors.
+    clipping sees them, but tell nothing of those tensors.  ``samples``, where known, is of how many samples the
+    gradient is the mean, none of which any other such step has: minibatches of one epoch.
     """
 
     index: int
@@ -116,6 +117,7 @@ class GradientStep:
     group_spectra: Sequence[MagnitudeSpectrum | None] = ()
     recorded: RecordedClip | None = None
     present: NDArray[np.bool_] | None = None
+    samples: int | None = None
 
     @classmethod
     def from_spectra(
@@ -189,3 +191,7 @@ class GradientSource(ABC):
     def optimizers(self, progress: Progress | None = None) -> tuple[OptimizerState, ...]:
         """The optimizer states, where the source holds them."""
         return ()
+
+    def adam_moments(self) -> Mapping[str, AdamMoments] | None:
+        """What optimizers of the Adam family hold for each parameter, by name; None where there is none."""
+        return None

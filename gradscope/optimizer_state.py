@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.tensors import ClipGroup
@@ -53,3 +56,24 @@ class OptimizerState:
     param_groups: tuple[Mapping[str, Any], ...]
     parameters: tuple[ParameterState, ...]
     clip_groups: tuple[ClipGroup, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdamMoments:
+    """What Adam or AdamW holds for one parameter, of which its next update can be computed.
+
+    ``exp_avg`` and ``exp_avg_sq`` read the moments, float32 or float64 of the parameter's shape, when they are called;
+    before the first of its ``step`` updates both are None.  Of AMSGrad ``exp_avg_sq`` is the average that it continues
+    and ``max_exp_avg_sq`` the largest so far, None otherwise.  ``weight_decay`` is what of the parameter, which
+    ``weight`` reads, is added to its gradient: 0 for AdamW, which decays the weights apart from the update.
+    """
+
+    exp_avg: Callable[[], NDArray[np.floating]] | None
+    exp_avg_sq: Callable[[], NDArray[np.floating]] | None
+    step: float
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float = 0.0
+    weight: Callable[[], NDArray[np.floating]] | None = None
+    max_exp_avg_sq: Callable[[], NDArray[np.floating]] | None = None
