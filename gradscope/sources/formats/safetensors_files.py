@@ -60,6 +60,26 @@ def read_safetensors(region: FileRegion, what: str) -> dict[str, Leaf]:
     Raises:
         GradscopeError: the header is damaged, or its offsets leave holes, overlap, or contradict a shape or the size.
     """
+    header, length = _header(region, what)
+    entries = _entries(header, what)
+    _check_offsets(entries, region.size - 8 - length, what)
+    return {name: _tensor(name, entry, region, 8 + length, what) for name, entry in entries.items()}
+
+
+def read_metadata(region: FileRegion, what: str) -> dict[str, str]:
+    """What the writer noted beside the tensors (``__metadata__``: text by name); empty where there is nothing.
+
+    Raises:
+        GradscopeError: the header is damaged.
+    """
+    metadata = _header(region, what)[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: text for name, text in metadata.items() if isinstance(text, str)}
+
+
+def _header(region: FileRegion, what: str) -> tuple[dict[str, Any], int]:
+    """The parsed header, and its length in bytes."""
     with region.open() as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
@@ -69,10 +89,7 @@ def read_safetensors(region: FileRegion, what: str) -> dict[str, Leaf]:
             raise GradscopeError(what, f"is a damaged safetensors file (a header of {length:,} bytes)")
         if length > region.size - 8:
             raise GradscopeError(what, f"is a truncated safetensors file (a header of {length:,} bytes is promised)")
-        header = parse_json(stream.read(length), what)
-    entries = _entries(header, what)
-    _check_offsets(entries, region.size - 8 - length, what)
-    return {name: _tensor(name, entry, region, 8 + length, what) for name, entry in entries.items()}
+        return parse_json(stream.read(length), what), length
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
