@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from gradscope import forensics, results
 from gradscope.clip_history import ClipHistory, describe_run
+from gradscope.clipping.layout import TensorLayout
 from gradscope.errors import GradscopeError
 from gradscope.findings import inspection_findings
 from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.noise_scale import MinibatchMeter
 from gradscope.nonfinite import name_fault
 from gradscope.notation import setting
 from gradscope.optimizer_state import OptimizerState
@@ -50,23 +52,23 @@ def inspect(
         raise GradscopeError(source.info.path, "holds no gradient steps to choose from")
     selected = select_steps(steps, source.info.steps) if source.tensors else range(0)
     weights = source.weights(progress)
-    optimizers, notes = source.optimizers(progress), source.notes
+    optimizers, regrouping = source.optimizers(progress), tuple[str, ...]()
     if groups and not source.tensors:
-        optimizers, said = _regrouped(optimizers, groups, source.info.path, max_norm)
-        notes += said
-    summary, recorded = None, None
+        optimizers, regrouping = _regrouped(optimizers, groups, source.info.path, max_norm)
+    summary, recorded, minibatches = None, None, None
     if source.tensors:
-        summary, recorded = _gradients(source, selected, groups, at, progress)
+        summary, recorded, minibatches = _gradients(source, selected, groups, at, progress)
     inspection = results.Inspection(
         schema=SCHEMA,
         source=results.Source(**asdict(source.info)),
         findings=(),
-        notes=notes,
+        notes=source.notes + regrouping,
         skipped=source.skipped,
         gradients=summary,
         weights=_weights(weights) if weights else None,
         optimizers=tuple(forensics.analyse(state, max_norm) for state in optimizers),
         recorded=recorded,
+        batch=minibatches,
     )
     return replace(inspection, findings=source.findings + inspection_findings(inspection, len(selected)))
 
@@ -117,7 +119,9 @@ class _Columns:
     update_norm: NDArray[np.float64] | None = None
 
     @classmethod
-    def read(cls, source: GradientSource, selected: range, progress: Progress | None) -> _Columns:
+    def read(
+        cls, source: GradientSource, selected: range, progress: Progress | None, minibatches: MinibatchMeter
+    ) -> _Columns:
         """Stream the steps once; their spectra, which are what makes a step large, are let go at once."""
         shape = (len(selected), len(source.tensors))
         columns = cls(
@@ -135,6 +139,7 @@ class _Columns:
         measured: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         for row, step in enumerate(source.read_steps(selected, progress)):
             columns._take(row, step)
+            minibatches.see(selected[row], step)
             call = step.recorded
             if call is None:
                 continue
@@ -204,19 +209,20 @@ def _gradients(
     groups: Mapping[str, str] | None,
     at: int | None,
     progress: Progress | None,
-) -> tuple[results.GradientSummary, results.RecordedRun | None]:
+) -> tuple[results.GradientSummary, results.RecordedRun | None, results.MinibatchNoise | None]:
     if at is not None:
         place = place_of_step(at, selected, source.step_numbers)
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
-    columns = _Columns.read(source, selected, progress)
+    minibatches = MinibatchMeter(source, TensorLayout.of(source.tensors, clip_groups))
+    columns = _Columns.read(source, selected, progress, minibatches)
     shown = columns if at is None else columns.last()
     summary = _summary(source.tensors, _members(source.tensors, clip_groups), shown, regrouped=bool(groups))
     if source.info.kind == "norm-log":
         summary = _without_elements(summary)
     if at is not None:
-        return replace(summary, at=_step_rows(columns, elements=source.info.kind != "norm-log")), None
-    return summary, _recorded(source, columns)
+        return replace(summary, at=_step_rows(columns, elements=source.info.kind != "norm-log")), None, None
+    return summary, _recorded(source, columns), minibatches.report(progress)
 
 
 def _recorded(source: GradientSource, columns: _Columns) -> results.RecordedRun | None:

@@ -63,8 +63,7 @@ class AdamMoments:
     """What Adam or AdamW holds for one parameter, of which its next update can be computed.
 
     ``exp_avg`` and ``exp_avg_sq`` read the moments, float32 or float64 of the parameter's shape, when they are called;
-    before the first of its ``step`` updates both are None.  Of AMSGrad ``exp_avg_sq`` is the average that it continues
-    and ``max_exp_avg_sq`` the largest so far, None otherwise.  ``weight_decay`` is what of the parameter, which
+    before the first of its ``step`` updates both are None.  ``weight_decay`` is how much of the parameter, which
     ``weight`` reads, is added to its gradient: 0 for AdamW, which decays the weights apart from the update.
     """
 
@@ -76,4 +75,3 @@ class AdamMoments:
     eps: float
     weight_decay: float = 0.0
     weight: Callable[[], NDArray[np.floating]] | None = None
-    max_exp_avg_sq: Callable[[], NDArray[np.floating]] | None = None

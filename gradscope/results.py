@@ -305,6 +305,57 @@ class OptimizerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class NoiseScale:
+    """The gradient noise scale tr Σ/‖G‖², in samples: at so large a minibatch signal and noise are equally large.
+
+    ``signal`` is the unbiased estimate of ‖G‖², the true gradient's squared norm, and ``noise`` that of tr Σ, the
+    variance of one sample's gradient.  ``estimate`` is None where ``signal`` is not positive.  ``ci95`` is None where
+    ``signal`` is not told apart from zero, or the minibatches are too few; ``at_least`` is its lower end, which may be
+    known by itself.
+    """
+
+    estimate: float | None
+    ci95: tuple[float, float] | None
+    signal: float | None
+    noise: float | None
+    at_least: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNoise:
+    """One clip group."""
+
+    name: str
+    noise_scale: NoiseScale
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNoise:
+    """One layer; ``mean_cosine`` is between its own gradients."""
+
+    name: str
+    noise_scale: NoiseScale
+    mean_cosine: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MinibatchNoise:
+    """What ``minibatches`` of equal size, disjoint and finite, tell of signal and noise.
+
+    ``samples`` are in all of them together.  ``mean_cosine`` is the mean cosine between the gradients of two of them,
+    None where fewer than two are not zero.
+    """
+
+    samples: int
+    minibatch_size: int
+    minibatches: int
+    noise_scale: NoiseScale
+    mean_cosine: float | None
+    groups: tuple[GroupNoise, ...]
+    layers: tuple[LayerNoise, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """What ``gradscope inspect`` found.  ``findings`` say it in sentences, most important first."""
 
@@ -317,6 +368,7 @@ class Inspection:
     weights: WeightSummary | None
     optimizers: tuple[OptimizerReport, ...]
     recorded: RecordedRun | None = None
+    batch: MinibatchNoise | None = None
 
 
 # --- simulate --------------------------------------------------------------------------------------------------------
@@ -386,6 +438,8 @@ class PolicyResult:
     run.  ``roles`` are given where one norm is taken over an actor and a critic together.  ``group_steps`` and
     ``layer_steps`` are the finite steps at which what became of the clip groups and of the layers is known: fewer than
     all in a trace that holds the spectra of tensors at some of its steps.
+    ``update_direction_change_deg`` is the angle between the updates that Adam, as the checkpoint left it, would make of
+    the raw and of the clipped gradient; None where that is not known.
     """
 
     policy: str
@@ -407,6 +461,7 @@ class PolicyResult:
     clipped_elements_error: int = 0
     group_steps: int | None = None
     layer_steps: int | None = None
+    update_direction_change_deg: Spread | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,3 +513,4 @@ class Simulation:
     recent_steps: int
     float32_overflow: Float32Overflow | None = None
     nonfinite_skipped: int = 0
+    batch: MinibatchNoise | None = None

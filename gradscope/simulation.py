@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -20,12 +20,14 @@ from gradscope.findings import FLOAT32_NORM_OVERFLOW, FLOAT32_RANGE, simulation_
 from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, GroupTotals, Progress
 from gradscope.intervals import clip_rate_interval
 from gradscope.ladders import norm_histogram, round_ladder
+from gradscope.noise_scale import MinibatchMeter
 from gradscope.nonfinite import name_fault
 from gradscope.notation import setting
 from gradscope.phases import find_phases
 from gradscope.roles import role_of
 from gradscope.selection import first_groups, recent_part, regroup, select_steps
 from gradscope.spread import Spread
+from gradscope.update_direction import update_meter
 
 FloatArray = NDArray[np.float64]
 
@@ -59,14 +61,16 @@ def simulate(
         raise GradscopeError(f"--convention {convention}", "must be exact or torch")
     chosen = _chosen(policies)
     _require_gradients(source, chosen)
-    notes = source.notes
+    own = tuple[str, ...]()
     if not chosen:
-        chosen, said = _own_policies(source)
-        notes += said
+        chosen, own = _own_policies(source)
     selected = select_steps(steps, source.info.steps)
     layout = TensorLayout.of(source.tensors, regroup(source.tensors, groups) if groups else source.groups)
     replays = {policy: policy.replay(source, layout) for policy in chosen if isinstance(policy, ElementPolicy)}
-    run = _Run.read(source, selected, layout, list(replays.values()), progress, regrouped=bool(groups))
+    turned = update_meter(source, list(dict.fromkeys(chosen)), layout, convention)
+    minibatches = MinibatchMeter(source, layout)
+    sees = [replay.see for replay in replays.values()] + ([turned.see] if turned is not None else [])
+    run = _Run.read(source, selected, layout, sees, minibatches, progress, regrouped=bool(groups))
     effects = {policy: _effect(policy, replays, run, convention) for policy in dict.fromkeys(chosen)}
     phases = find_phases(run.joint_norms)
     simulation = results.Simulation(
@@ -74,20 +78,27 @@ def simulate(
         source=results.Source(**asdict(source.info)),
         convention=convention,
         findings=(),
-        notes=notes,
+        notes=source.notes + own,
         skipped=source.skipped,
         steps=len(run.index),
         nonfinite_steps=len(run.nonfinite),
         nonfinite=run.nonfinite,
         norm=Spread.of(run.joint_norms),
         norm_histogram=norm_histogram(run.largest_norms),
-        results=tuple(_policy_result(policy, effects[policy], run, phases) for policy in chosen),
+        results=tuple(
+            replace(
+                _policy_result(policy, effects[policy], run, phases),
+                update_direction_change_deg=turned.change(policy) if turned is not None else None,
+            )
+            for policy in chosen
+        ),
         sweep=_sweep(chosen, run, convention) if sweep else (),
         suggested_max_norm=_suggest(run, run.recent),
         suggested_max_norm_overall=_suggest(run, slice(0, len(run.index))),
         recent_steps=run.recent.stop - run.recent.start,
         float32_overflow=_float32_overflow(source, run),
         nonfinite_skipped=run.nonfinite_skipped,
+        batch=minibatches.report(progress),
     )
     return replace(simulation, findings=source.findings + simulation_findings(simulation))
 
@@ -124,8 +135,8 @@ def _require_gradients(source: GradientSource, policies: Sequence[Policy]) -> No
         raise GradscopeError(
             source.info.path,
             "a bare checkpoint holds no gradients",
-            f"gradscope inspect tells what its optimizer knows; {SAVE_GRADIENTS} "
-            "(--batch FILE, which computes them, comes with a later version)",
+            "--batch FILE computes them from a captured batch; gradscope inspect tells what its optimizer knows; "
+            f"{SAVE_GRADIENTS}",
         )
     if source.info.kind == "norm-log":
         for policy in policies:
@@ -224,11 +235,12 @@ class _Run:
         source: GradientSource,
         selected: range,
         layout: TensorLayout,
-        replays: Sequence[Replay],
+        sees: Sequence[Callable[[GradientStep], None]],
+        minibatches: MinibatchMeter,
         progress: Progress | None,
         regrouped: bool = False,
     ) -> _Run:
-        """Stream the steps once; only their energies and what ``replays`` keep stay in memory."""
+        """Stream the steps once; only their energies and what those who see the finite ones keep stay in memory."""
         names = [tensor.name for tensor in source.tensors]
         index: list[int] = []
         finite: list[bool] = []
@@ -237,7 +249,7 @@ class _Run:
         present: NDArray[np.bool_] | None = None
         totals: list[GroupTotals] | None = None if regrouped or first_groups(source.groups).all() else []
         kept = skipped = 0
-        for step in source.read_steps(selected, progress):
+        for position, step in zip(selected, source.read_steps(selected, progress), strict=False):
             index.append(step.index)
             # A float64 gradient beyond 1e154 is finite, but its square is not.
             with np.errstate(over="ignore"):
@@ -255,9 +267,10 @@ class _Run:
             if totals is not None and step.recorded is not None and step.recorded.totals is not None:
                 totals.append(step.recorded.totals)
             kept += 1
-            seen = _with_spectra(step) if len(replays) > 1 else step
-            for replay in replays:
-                replay.see(seen)
+            seen = _with_spectra(step) if len(sees) > 1 else step
+            for see in sees:
+                see(seen)
+            minibatches.see(position, step)
         if not index:
             raise GradscopeError(source.info.path, "holds no gradient steps")
         energies = energies[:kept]

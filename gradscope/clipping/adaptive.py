@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,35 +35,43 @@ class AutoClip(ScalePolicy):
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
         """Clip by norm at the running percentile of each unit's norms."""
-        limits = _limits(norms, lambda series: running_percentile(series, self.arguments[0]))
-        return limit_norm(norms, limits, convention)
+        return self.following(norms.shape[1], numel, convention)(norms)
+
+    def following(self, units: int, numel: IntArray, convention: Convention) -> Callable[[FloatArray], Factors]:
+        """Each unit has a percentile that moves with its own norms."""
+        limits = [RunningPercentile(self.arguments[0]).after for _ in range(units)]
+        return lambda norms: limit_norm(norms, _limits(norms, limits), convention)
 
 
-def _limits(norms: FloatArray, limits_of: Callable[[FloatArray], FloatArray]) -> FloatArray:
-    """``limits_of`` the series of each unit, over the steps at which it had a gradient; infinite at the others."""
-    limits = np.full_like(norms, np.inf)
+def _limits(norms: FloatArray, limits: Sequence[Callable[[float], float]]) -> FloatArray:
+    """What ``limits``, one per unit, give in turn for the steps at which it had a gradient; infinite at the others."""
+    found = np.full_like(norms, np.inf)
     for unit, series in enumerate(norms.T):
         there = ~np.isnan(series)
-        limits[there, unit] = limits_of(series[there])
-    return limits
+        found[there, unit] = [limits[unit](norm) for norm in series[there].tolist()]
+    return found
 
 
-def running_percentile(series: FloatArray, percentile: float) -> FloatArray:
-    """``np.percentile(series[: t + 1], percentile)`` for every t, in O(S log S).
+class RunningPercentile:
+    """``np.percentile(series[: t + 1], percentile)`` for every t of a series that is told one by one, in O(log t).
 
     Two heaps meet at the order statistic below the percentile, whose rank never falls as the series grows.
     """
-    below: list[float] = []
-    above: list[float] = []
-    running = np.empty_like(series)
-    for t, value in enumerate(series.tolist()):
-        rank, fraction = divmod(t * (percentile / 100.0), 1.0)
+
+    def __init__(self, percentile: float) -> None:
+        self._share = percentile / 100.0
+        self._below: list[float] = []
+        self._above: list[float] = []
+
+    def after(self, value: float) -> float:
+        """The percentile of the series that ``value`` continues."""
+        below, above = self._below, self._above
+        rank, fraction = divmod((len(below) + len(above)) * self._share, 1.0)
         heapq.heappush(above, -heapq.heappushpop(below, -value) if below else value)
         while len(below) <= rank:
             heapq.heappush(below, -heapq.heappop(above))
         low = -below[0]
-        running[t] = low + (above[0] - low) * fraction if fraction else low
-    return running
+        return low + (above[0] - low) * fraction if fraction else low
 
 
 class ZClip(ScalePolicy):
@@ -88,25 +96,40 @@ class ZClip(ScalePolicy):
 
     def factors(self, norms: FloatArray, numel: IntArray, convention: Convention) -> Factors:
         """Clip by norm at the limits that each unit's own moving mean and variance give."""
+        return self.following(norms.shape[1], numel, convention)(norms)
+
+    def following(self, units: int, numel: IntArray, convention: Convention) -> Callable[[FloatArray], Factors]:
+        """Each unit has a moving mean and variance of its own."""
         z, alpha = (*self.arguments, ZCLIP_ALPHA)[:2]
-        return limit_norm(norms, _limits(norms, lambda series: _zclip_limits(series, z, alpha)), convention)
+        limits = [_ZClipLimit(z, alpha).after for _ in range(units)]
+        return lambda norms: limit_norm(norms, _limits(norms, limits), convention)
 
 
-def _zclip_limits(series: FloatArray, z: float, alpha: float) -> FloatArray:
-    """The norm to which each step is scaled; infinite after the warm-up where the step is left as it is."""
-    limits = np.full_like(series, ZCLIP_MAX_NORM)
-    if len(series) <= ZCLIP_WARMUP:
-        return limits
-    mean, variance = float(series[:ZCLIP_WARMUP].mean()), float(series[:ZCLIP_WARMUP].var())
-    for t, norm in enumerate(series[ZCLIP_WARMUP:].tolist(), start=ZCLIP_WARMUP):
-        deviation = math.sqrt(variance)
-        score = (norm - mean) / (deviation + ZCLIP_EPSILON)
-        target = mean + deviation * z * z / score if score > z else norm
+class _ZClipLimit:
+    """The norm to which each step of a unit is scaled; infinite after the warm-up where the step is left as it is."""
+
+    def __init__(self, z: float, alpha: float) -> None:
+        self._z = z
+        self._alpha = alpha
+        self._warmup: list[float] = []
+        self._mean = 0.0
+        self._variance = 0.0
+
+    def after(self, norm: float) -> float:
+        """The limit of the next step, whose norm this is."""
+        if len(self._warmup) < ZCLIP_WARMUP:
+            self._warmup.append(norm)
+            if len(self._warmup) == ZCLIP_WARMUP:
+                series = np.array(self._warmup)
+                self._mean, self._variance = float(series.mean()), float(series.var())
+            return ZCLIP_MAX_NORM
+        deviation = math.sqrt(self._variance)
+        score = (norm - self._mean) / (deviation + ZCLIP_EPSILON)
+        target = self._mean + deviation * self._z * self._z / score if score > self._z else norm
         limit = min(target, ZCLIP_MAX_NORM)
-        limits[t] = limit if norm > limit else math.inf
-        mean = alpha * mean + (1.0 - alpha) * target
-        variance = alpha * variance + (1.0 - alpha) * (target - mean) ** 2
-    return limits
+        self._mean = self._alpha * self._mean + (1.0 - self._alpha) * target
+        self._variance = self._alpha * self._variance + (1.0 - self._alpha) * (target - self._mean) ** 2
+        return limit if norm > limit else math.inf
 
 
 class Skip(ScalePolicy):

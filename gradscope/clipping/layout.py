@@ -88,3 +88,7 @@ class TensorLayout:
     def at(self, level: Level) -> Partition:
         """The division that ``level`` names."""
         return {"joint": self.joint, "group": self.groups, "layer": self.layers, "tensor": self.tensors}[level]
+
+    def numel_in(self, sets: Partition) -> NDArray[np.int64]:
+        """The number of elements in each of the sets."""
+        return np.bincount(sets.owner, weights=self.numel, minlength=len(sets)).astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -44,6 +45,15 @@ class Policy(ABC):
         """The policy's fixed limit (max_norm, clip_value, rms or lambda); None where it moves with the run."""
         return self.arguments[0]
 
+    @abstractmethod
+    def application(
+        self, source: GradientSource, layout: TensorLayout, convention: Convention
+    ) -> Callable[[GradientStep], ClippedStep | None]:
+        """What applies the policy to the elements of the finite steps of ``source``, told one by one in time order.
+
+        It gives None for a step that the policy drops.  Raises GradscopeError where the source lacks what is needed.
+        """
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
@@ -51,6 +61,28 @@ class Factors:
 
     scale: FloatArray
     triggered: NDArray[np.bool_]
+
+
+class ClippedStep(Protocol):
+    """What a policy makes of one step's elements."""
+
+    def block(self, tensor: int, start: int, elements: FloatArray) -> FloatArray:
+        """``elements`` (float64 [n]: those of ``tensor`` from flat position ``start`` on), clipped.
+
+        Where nothing changes that is ``elements`` itself.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledTensors:
+    """Every tensor multiplied by a factor of its own: ``scale`` is float64 [tensors]."""
+
+    scale: FloatArray
+
+    def block(self, tensor: int, start: int, elements: FloatArray) -> FloatArray:
+        """The elements times their tensor's factor."""
+        factor = self.scale[tensor]
+        return elements if factor == 1.0 else elements * factor
 
 
 class ScalePolicy(Policy):
@@ -70,6 +102,10 @@ class ScalePolicy(Policy):
         A norm that is NaN is none: the unit had no gradient, its factor is 1 and it is not triggered.
         """
 
+    def following(self, units: int, numel: IntArray, convention: Convention) -> Callable[[FloatArray], Factors]:
+        """The same told stretch by stretch: each call goes on where the one before it stopped."""
+        return lambda norms: self.factors(norms, numel, convention)
+
     def effect(
         self,
         energies: FloatArray,
@@ -82,15 +118,33 @@ class ScalePolicy(Policy):
         ``present`` (bool, likewise) says which tensors had a gradient, None: all; the others' energies are 0.
         """
         units = layout.at(self.unit)
-        numel = np.bincount(units.owner, weights=layout.numel, minlength=len(units)).astype(np.int64)
-        norms = np.sqrt(units.total(energies))
-        if present is not None:
-            norms[~units.any(present)] = np.nan
-        factors = self.factors(norms, numel, convention)
+        factors = self.factors(_unit_norms(energies, units, present), layout.numel_in(units), convention)
         # A stretch at a time, so that the temporaries stay small beside the energies.
         rows = max(1, STRETCH_ELEMENTS // energies.shape[1])
         stretches = (slice(start, start + rows) for start in range(0, len(energies), rows))
         return effect_of_scaling((_scaled(energies, factors, units, stretch, present) for stretch in stretches), layout)
+
+    def application(
+        self, source: GradientSource, layout: TensorLayout, convention: Convention
+    ) -> Callable[[GradientStep], ClippedStep | None]:
+        """As for every policy; the norms are those of the steps told."""
+        units = layout.at(self.unit)
+        following = self.following(len(units), layout.numel_in(units), convention)
+
+        def clip(step: GradientStep) -> ClippedStep | None:
+            present = None if step.present is None else step.present[None]
+            scale = following(_unit_norms(step.sum_squares[None], units, present)).scale[0, units.owner]
+            return ScaledTensors(scale) if scale.any() else None
+
+        return clip
+
+
+def _unit_norms(energies: FloatArray, units: Partition, present: NDArray[np.bool_] | None) -> FloatArray:
+    """The norm of each unit at each step, NaN where it had no gradient."""
+    norms = np.sqrt(units.total(energies))
+    if present is not None:
+        norms[~units.any(present)] = np.nan
+    return norms
 
 
 def _scaled(

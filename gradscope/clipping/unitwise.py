@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from gradscope.clipping.effect import BoolArray, Effect, effect_of_scaling
 from gradscope.clipping.layout import TensorLayout
 from gradscope.clipping.moments import Moments
-from gradscope.clipping.policy import ElementPolicy, FloatArray
+from gradscope.clipping.policy import ClippedStep, Convention, ElementPolicy, FloatArray
 from gradscope.errors import GradscopeError
 from gradscope.gradients import SAVE_TENSORS
 
@@ -39,6 +41,17 @@ class AdaptiveGradientClip(ElementPolicy):
 
     def replay(self, source: GradientSource, layout: TensorLayout) -> _UnitwiseReplay:
         """A replay that holds one limit per unit.  Raises GradscopeError for weights that are missing or differ."""
+        return _UnitwiseReplay(self.label, layout, source.tensors, self._limits(source))
+
+    def application(
+        self, source: GradientSource, layout: TensorLayout, convention: Convention
+    ) -> Callable[[GradientStep], ClippedStep | None]:
+        """Each unit by its own factor; raises as ``replay`` does."""
+        limits = self._limits(source)
+        return lambda step: _ScaledUnits.of(_elements(step, self.label), limits)
+
+    def _limits(self, source: GradientSource) -> list[FloatArray]:
+        """What the norm of each unit of each tensor may be."""
         if source.info.kind == "trace":
             raise GradscopeError(
                 f"--policy {self.label}",
@@ -53,8 +66,7 @@ class AdaptiveGradientClip(ElementPolicy):
                 "--weights FILE names a file with the parameters",
             )
         clipping, eps = (*self.arguments, AGC_EPS)[:2]
-        limits = [clipping * np.maximum(norms, eps) for norms in self._weight_norms(source.tensors, weights)]
-        return _UnitwiseReplay(self.label, layout, source.tensors, limits)
+        return [clipping * np.maximum(norms, eps) for norms in self._weight_norms(source.tensors, weights)]
 
     def _weight_norms(self, tensors: tuple[TensorInfo, ...], weights: Weights) -> list[FloatArray]:
         shapes = {info.name: info.shape for info in weights.tensors}
@@ -85,13 +97,8 @@ class _UnitwiseReplay:
         self._triggered: list[BoolArray] = []
 
     def see(self, step: GradientStep) -> None:
-        if step.read is None:
-            raise GradscopeError(
-                f"--policy {self._label}",
-                f"step {step.index} ({step.label}) holds no whole tensors, which agc needs",
-                "gradient dumps hold them",
-            )
-        clipped = [_clip_units(unit_energies(step.read(i)), limits) for i, limits in enumerate(self._limits)]
+        read = _elements(step, self._label)
+        clipped = [_clip_units(unit_energies(read(i)), limits) for i, limits in enumerate(self._limits)]
         self._rows.append(np.array([row for row, _ in clipped]).T)
         self._triggered.append(np.array([triggered for _, triggered in clipped]))
 
@@ -100,6 +107,40 @@ class _UnitwiseReplay:
         rows = np.stack(self._rows) if self._rows else np.empty((0, 3, columns))
         triggered = np.stack(self._triggered) if self._triggered else np.empty((0, columns), dtype=np.bool_)
         return effect_of_scaling([(Moments(rows[:, 0], rows[:, 1], rows[:, 2]), triggered, None)], self._layout)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ScaledUnits:
+    """Every unit multiplied by a factor of its own; ``lengths`` says how many elements a unit of each tensor has."""
+
+    factors: list[FloatArray]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, read: Callable[[int], NDArray[np.floating]], limits: Sequence[FloatArray]) -> _ScaledUnits:
+        """The units of the tensors that ``read`` gives, each kept below its limit."""
+        factors, lengths = [], []
+        for i, own in enumerate(limits):
+            tensor = read(i)
+            factors.append(_factors(np.sqrt(unit_energies(tensor)), own))
+            lengths.append(tensor.size // max(1, len(own)))
+        return cls(factors, lengths)
+
+    def block(self, tensor: int, start: int, elements: FloatArray) -> FloatArray:
+        factors = self.factors[tensor]
+        if (factors == 1.0).all():
+            return elements
+        return elements * factors[np.arange(start, start + len(elements)) // self.lengths[tensor]]
+
+
+def _elements(step: GradientStep, label: str) -> Callable[[int], NDArray[np.floating]]:
+    if step.read is None:
+        raise GradscopeError(
+            f"--policy {label}",
+            f"step {step.index} ({step.label}) holds no whole tensors, which agc needs",
+            "gradient dumps hold them",
+        )
+    return step.read
 
 
 def unit_energies(tensor: NDArray[np.floating]) -> FloatArray:
@@ -116,10 +157,15 @@ def unit_energies(tensor: NDArray[np.floating]) -> FloatArray:
     return energies
 
 
+def _factors(norms: FloatArray, limits: FloatArray) -> FloatArray:
+    """What each unit of these norms is multiplied by."""
+    return np.where(norms < limits, 1.0, limits / np.maximum(norms, SMALLEST_DIVISOR))
+
+
 def _clip_units(energies: FloatArray, limits: FloatArray) -> tuple[tuple[float, float, float], bool]:
     """Energy of a tensor, mean and variance of its units' factors weighted by it, and whether any was triggered."""
     norms = np.sqrt(energies)
-    factors = np.where(norms < limits, 1.0, limits / np.maximum(norms, SMALLEST_DIVISOR))
+    factors = _factors(norms, limits)
     total = float(energies.sum())
     if total == 0.0:
         return (0.0, 1.0, 0.0), False

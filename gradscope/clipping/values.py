@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gradscope.clipped_count import ClippedCount, exactly
 from gradscope.clipping.effect import BoolArray, Effect, LayerTotals, Series
 from gradscope.clipping.layout import Partition, TensorLayout
-from gradscope.clipping.policy import ElementPolicy, FloatArray
+from gradscope.clipping.policy import ClippedStep, Convention, ElementPolicy, FloatArray
 from gradscope.errors import GradscopeError
 from gradscope.selection import first_groups
 from gradscope.value_clip import ValueClip
@@ -37,6 +37,21 @@ class ClipByValue(ElementPolicy):
     def replay(self, source: GradientSource, layout: TensorLayout) -> _ValueReplay:
         """A replay that reads each step's spectra.  It raises GradscopeError at a step that lacks what is needed."""
         return _ValueReplay(self.label, self.arguments[0], source, layout)
+
+    def application(
+        self, source: GradientSource, layout: TensorLayout, convention: Convention
+    ) -> Callable[[GradientStep], ClippedStep | None]:
+        """Every step clamped."""
+        clamped = _ClampedElements(self.arguments[0])
+        return lambda step: clamped
+
+
+@dataclass(frozen=True, slots=True)
+class _ClampedElements:
+    clip_value: float
+
+    def block(self, tensor: int, start: int, elements: FloatArray) -> FloatArray:
+        return np.clip(elements, -self.clip_value, self.clip_value)
 
 
 class _ValueReplay:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import SAVE_GRADIENTS, GradientSource, GradientStep, Progress, SourceInfo, Weights
-from gradscope.optimizer_state import OptimizerState, ParameterState, StoredMoment
+from gradscope.optimizer_state import AdamMoments, OptimizerState, ParameterState, StoredMoment
+from gradscope.sources.checkpoints.adam_state import adam_moments
 from gradscope.sources.checkpoints.parameter_names import is_buffer, is_float
 from gradscope.sources.checkpoints.stored_optimizer import SQUARES, StoredOptimizer
 from gradscope.sources.formats.tree import Leaf, UnreadableTensor, named_leaves, same_storage
@@ -140,3 +141,15 @@ class CheckpointSource(GradientSource):
             )
             for optimizer in self.stored_optimizers
         )
+
+    def adam_moments(self) -> Mapping[str, AdamMoments] | None:
+        """The moments of each parameter, read when they are asked for; None where an optimizer is not Adam or AdamW."""
+        weights = {tensor.info.name: tensor for tensor in self.model}
+        moments: dict[str, AdamMoments] = {}
+        for optimizer in self.stored_optimizers:
+            for parameter in optimizer.parameters:
+                held = adam_moments(optimizer, parameter, weights.get(parameter.name))
+                if held is None:
+                    return None
+                moments[parameter.name] = held
+        return moments or None
