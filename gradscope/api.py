@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from gradscope.backward.options import BatchOptions, LossChoice, ModelChoice
     from gradscope.clipping import Convention, Policy
     from gradscope.gradients import GradientSource, Progress
     from gradscope.results import Inspection, Simulation
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 # A path, several paths (one step each), a mapping of names to arrays, a module with gradients, or an open source.
 Readable = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any] | Any
 ReadAs = Literal["gradients", "weights"]
+Batch = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def inspect(
@@ -26,6 +28,15 @@ def inspect(
     max_norm: float | None = None,
     at: int | None = None,
     progress: Progress | None = None,
+    batch: Batch | None = None,
+    model: ModelChoice | None = None,
+    loss: LossChoice | None = None,
+    minibatch_size: int | None = None,
+    epochs: int = 1,
+    seed: int = 0,
+    trust: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> Inspection:
     """What is in ``source``: norms of its gradients and weights, and what its optimizers know.
 
@@ -34,11 +45,29 @@ def inspect(
     redefines the clip groups; ``max_norm`` is the threshold for clip saturation; it takes the place of what the
     checkpoint names.  ``progress`` is told bytes done and bytes in all.
 
+    With a ``batch`` (a file, or a mapping of names to arrays [rows, ...]) the gradients are computed: by the checkpoint
+    in ``source`` (for SB3 only with ``trust``, since its parts are unpickled), or by the module that ``model`` makes
+    (``"module:name"`` or the factory itself, called without arguments) with its weights, and ``loss(model, batch)``,
+    which gives a scalar or one loss per row.  A step is a minibatch of ``minibatch_size`` rows, shuffled ``epochs``
+    times from ``seed``; ``device`` and ``dtype`` are torch's, by name.  ``progress`` is then told rows.
+
     Raises GradscopeError for unusable input or options.
     """
     from gradscope import inspection
+    from gradscope.backward.options import batch_options
 
-    opened = _open(source, as_, None, tag)
+    captured = batch_options(
+        batch,
+        model=model,
+        loss=loss,
+        minibatch_size=minibatch_size,
+        epochs=epochs,
+        seed=seed,
+        trust=trust,
+        device=device,
+        dtype=dtype,
+    )
+    opened = _open(source, as_, None, tag, captured)
     return inspection.inspect(opened, steps=steps, groups=groups, max_norm=max_norm, at=at, progress=progress)
 
 
@@ -54,6 +83,15 @@ def simulate(
     convention: Convention = "exact",
     sweep: bool = False,
     progress: Progress | None = None,
+    batch: Batch | None = None,
+    model: ModelChoice | None = None,
+    loss: LossChoice | None = None,
+    minibatch_size: int | None = None,
+    epochs: int = 1,
+    seed: int = 0,
+    trust: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> Simulation:
     """What each of ``policies`` (``"norm:0.5"``, ``"value:0.01"``…) would have done to the gradients of ``source``.
 
@@ -64,9 +102,21 @@ def simulate(
     Raises GradscopeError for unusable input or options, and for a source that holds no gradients.
     """
     from gradscope import simulation
+    from gradscope.backward.options import batch_options
 
+    captured = batch_options(
+        batch,
+        model=model,
+        loss=loss,
+        minibatch_size=minibatch_size,
+        epochs=epochs,
+        seed=seed,
+        trust=trust,
+        device=device,
+        dtype=dtype,
+    )
     return simulation.simulate(
-        _open(source, as_, weights, tag),
+        _open(source, as_, weights, tag, captured),
         policies,
         steps=steps,
         groups=groups,
@@ -77,8 +127,16 @@ def simulate(
 
 
 def _open(
-    source: Readable, as_: ReadAs | None, weights: str | os.PathLike[str] | None, tag: str | None
+    source: Readable,
+    as_: ReadAs | None,
+    weights: str | os.PathLike[str] | None,
+    tag: str | None,
+    batch: BatchOptions | None,
 ) -> GradientSource:
+    if batch is not None:
+        from gradscope.backward.opening import open_with_batch
+
+        return open_with_batch(source, batch, as_=as_, weights=weights, tag=tag)
     from gradscope.sources import open_source
 
     return open_source(source, as_=as_, weights=weights, tag=tag)

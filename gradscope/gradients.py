@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +170,8 @@ class GradientSource(ABC):
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     findings: tuple[str, ...] = ()
+    # What progress counts.
+    read_unit: ClassVar[str] = "bytes"
 
     @property
     def step_numbers(self) -> Sequence[int] | IntArray:

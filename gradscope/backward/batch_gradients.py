@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,16 +13,21 @@ from numpy.typing import NDArray
 
 from gradscope.backward.captured import CapturedBatch, read_batch
 from gradscope.backward.engine import Engine
+from gradscope.backward.library_training import seeded
 from gradscope.backward.options import BatchOptions
+from gradscope.backward.placement import device_of, dtype_of
 from gradscope.errors import GradscopeError
-from gradscope.gradients import GradientSource, GradientStep, Progress, SourceInfo, Weights
-from gradscope.optimizer_state import OptimizerState
+from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.optimizer_state import AdamMoments, OptimizerState
 from gradscope.sources.arrays import tree_of
 from gradscope.sources.checkpoints import CheckpointSource
+from gradscope.sources.formats.numpy_arrays import BITS
 from gradscope.sources.stored import MemoryTensor, read, scan
 from gradscope.tensors import TensorInfo
 
 Rows = NDArray[np.int64]
+
+MOST_NAMED = 3
 
 MODEL_AND_LOSS = (
     "--model MODULE:FACTORY builds the model, --loss MODULE:FUNCTION takes (model, batch) and returns its loss"
@@ -37,9 +40,11 @@ def open_batch(checkpoint: GradientSource, options: BatchOptions) -> BatchGradie
     Raises:
         GradscopeError: the batch or the checkpoint does not serve, or neither names a model and a loss.
     """
-    _check(options)
     if not isinstance(checkpoint, CheckpointSource):
         raise GradscopeError("--batch", f"goes with a checkpoint, and {checkpoint.info.path} is {_kind(checkpoint)}")
+    # Told before anything is loaded.
+    device_of(options)
+    dtype_of(options)
     batch = read_batch(options.batch)
     engine = _engine(checkpoint, batch, options)
     size = options.minibatch_size or engine.minibatch_size
@@ -67,34 +72,33 @@ def _engine(checkpoint: CheckpointSource, batch: CapturedBatch, options: BatchOp
     )
 
 
-def _check(options: BatchOptions) -> None:
-    if options.minibatch_size is not None and options.minibatch_size < 1:
-        raise GradscopeError(f"--minibatch-size {options.minibatch_size}", "must be a whole number of at least 1")
-    if options.epochs < 1:
-        raise GradscopeError(f"--epochs {options.epochs}", "must be a whole number of at least 1")
-
-
 def _kind(source: GradientSource) -> str:
-    return source.info.format
+    kinds = {"trace": "a recorded run", "norm-log": "a log of norms", "gradients": "no checkpoint"}
+    return f"{kinds.get(source.info.kind, source.info.kind)} ({source.info.format})"
 
 
 @dataclass(eq=False)
 class BatchGradients(GradientSource):
     """The gradient of each minibatch; weights and optimizer states are the checkpoint's."""
 
-    engine: Engine | None = field(default=None, repr=False)
-    checkpoint: GradientSource | None = field(default=None, repr=False)
-    minibatches: tuple[Rows, ...] = field(default=(), repr=False)
-    seed: int = 0
+    engine: Engine = field(kw_only=True, repr=False)
+    checkpoint: GradientSource = field(kw_only=True, repr=False)
+    minibatches: tuple[Rows, ...] = field(kw_only=True, repr=False)
+    # Disjoint, as those of the first epoch are.
+    independent: int = field(kw_only=True)
+    reached: NDArray[np.bool_] = field(init=False, repr=False)
+    read_unit: ClassVar[str] = "rows"
 
     @classmethod
     def of(cls, engine: Engine, size: int, checkpoint: GradientSource, options: BatchOptions) -> BatchGradients:
         """Minibatches of ``size`` rows, in the order in which the engine's training takes them."""
-        with _seeded(options.seed):
+        with seeded(options.seed):
             epochs = engine.shuffled(options.epochs)
-        minibatches = tuple(rows[start : start + size] for rows in epochs for start in range(0, len(rows), size))
+        cut = [[rows[start : start + size] for start in range(0, len(rows), size)] for rows in epochs]
+        minibatches = tuple(rows for epoch in cut for rows in epoch)
+        format_ = f"{engine.format}, {engine.rows:,} captured rows"
         return cls(
-            info=SourceInfo(checkpoint.info.path, "gradients", engine.format, len(minibatches)),
+            info=replace(checkpoint.info, kind="gradients", format=format_, steps=len(minibatches)),
             tensors=tuple(
                 TensorInfo(name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
                 for name, parameter in engine.parameters.items()
@@ -104,63 +108,75 @@ class BatchGradients(GradientSource):
             engine=engine,
             checkpoint=checkpoint,
             minibatches=minibatches,
-            seed=options.seed,
+            independent=len(cut[0]),
         )
 
-    def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
-        """The gradients of these minibatches, computed one at a time."""
-        for done, position in enumerate(steps, 1):
-            yield self._step(position)
-            if progress is not None:
-                progress(done, len(steps))
+    def __post_init__(self) -> None:
+        self.reached = np.zeros(len(self.tensors), dtype=np.bool_)
 
-    def _step(self, position: int) -> GradientStep:
-        assert self.engine is not None
-        with _seeded(self.seed + position):
-            self.engine.backward(self.minibatches[position])
-        gradients = [_take_gradient(parameter) for parameter in self.engine.parameters.values()]
-        present = np.array([gradient is not None for gradient in gradients])
-        tensors = [_stored(info, gradient) for info, gradient in zip(self.tensors, gradients, strict=True)]
-        step = GradientStep.from_spectra(position, f"minibatch {position}", scan(tensors), lambda i: read(tensors[i]))
-        return step if present.all() else _with_present(step, present)
+    def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
+        """The gradients of these minibatches, computed one at a time; the progress is told in rows.
+
+        Raises:
+            GradscopeError: a loss fails or is not finite; the step is named.
+        """
+        done, total = 0, sum(len(self.minibatches[position]) for position in steps)
+        for position in steps:
+            yield self._step(position)
+            done += len(self.minibatches[position])
+            if progress is not None:
+                progress(done, total)
+        self._note_unreached()
 
     def weights(self, progress: Progress | None = None) -> Weights | None:
         """The parameters of the checkpoint."""
-        return self.checkpoint.weights(progress) if self.checkpoint is not None else None
+        return self.checkpoint.weights()
 
     def optimizers(self, progress: Progress | None = None) -> tuple[OptimizerState, ...]:
         """The optimizer states of the checkpoint."""
-        return self.checkpoint.optimizers(progress) if self.checkpoint is not None else ()
+        return self.checkpoint.optimizers()
 
+    def adam_moments(self) -> Mapping[str, AdamMoments] | None:
+        """What the checkpoint's optimizers of the Adam family hold."""
+        return self.checkpoint.adam_moments()
 
-def _with_present(step: GradientStep, present: NDArray[np.bool_]) -> GradientStep:
-    from dataclasses import replace
+    def _step(self, position: int) -> GradientStep:
+        rows = self.minibatches[position]
+        try:
+            self.engine.backward(rows)
+        except GradscopeError as error:
+            if len(self.minibatches) == 1:
+                raise
+            raise GradscopeError(error.what, f"{error.why} (at step {position})", error.hint) from error
+        gradients = [_take_gradient(parameter) for parameter in self.engine.parameters.values()]
+        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        self.reached |= present
+        tensors = [_stored(info, gradient) for info, gradient in zip(self.tensors, gradients, strict=True)]
+        step = GradientStep.from_spectra(position, f"minibatch {position}", scan(tensors), lambda i: read(tensors[i]))
+        return replace(
+            step,
+            present=None if present.all() else present,
+            samples=len(rows) if position < self.independent else None,
+        )
 
-    return replace(step, present=present)
+    def _note_unreached(self) -> None:
+        """Name the parameters that had a gradient at none of the steps read so far."""
+        names = [info.name for info, reached in zip(self.tensors, self.reached, strict=True) if not reached]
+        self.notes = self.engine.notes
+        if names:
+            more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            self.notes += (f"No gradient reaches {', '.join(names[:MOST_NAMED])}{more}.",)
 
 
 def _take_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """The gradient, which the parameter gives up: no later minibatch is to write into it."""
     gradient, parameter.grad = parameter.grad, None
-    if gradient is None:
-        return None
-    return gradient.to_dense() if gradient.layout != torch.strided else gradient
+    return gradient.to_dense() if gradient is not None and gradient.layout != torch.strided else gradient
 
 
 def _stored(info: TensorInfo, gradient: torch.Tensor | None) -> MemoryTensor:
-    leaf: Any = tree_of(torch.zeros(info.shape) if gradient is None else gradient, info.name)
+    if gradient is None:
+        # Clipping sees it as zero.
+        return MemoryTensor(info, np.zeros(info.shape, BITS[info.dtype]))
+    leaf: Any = tree_of(gradient, info.name)
     return MemoryTensor(TensorInfo(info.name, info.shape, leaf.info.dtype), leaf.array)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The random number generators as after seeding them with ``seed``; afterwards what they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

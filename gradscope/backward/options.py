@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from gradscope.errors import GradscopeError
 
 if TYPE_CHECKING:
     import torch
@@ -33,3 +36,23 @@ class BatchOptions:
     trust: bool = False
     device: str = "cpu"
     dtype: str | None = None
+
+
+def batch_options(batch: str | os.PathLike[str] | Mapping[str, Any] | None, **given: Any) -> BatchOptions | None:
+    """The options of a captured batch; None without one.
+
+    Raises:
+        GradscopeError: there is none, and an option that needs one was given; or a number is below 1.
+    """
+    if batch is None:
+        for option in fields(BatchOptions):
+            if option.name in given and given[option.name] != option.default:
+                raise GradscopeError(f"--{option.name.replace('_', '-')}", "goes with --batch FILE")
+        return None
+    options = BatchOptions(batch if isinstance(batch, Mapping) else Path(batch), **given)
+    for name, number in (("--minibatch-size", options.minibatch_size), ("--epochs", options.epochs)):
+        if number is not None and not (isinstance(number, int) and number >= 1):
+            raise GradscopeError(f"{name} {number}", "must be a whole number of at least 1")
+    if not (isinstance(options.seed, int) and 0 <= options.seed < 1 << 32):
+        raise GradscopeError(f"--seed {options.seed}", "must be a whole number from 0 to 4294967295")
+    return options

@@ -47,6 +47,15 @@ def inspect(
     groups: options.Groups = None,
     as_: options.As = None,
     tag: options.Tag = None,
+    batch: options.Batch = None,
+    model: options.Model = None,
+    loss: options.Loss = None,
+    minibatch_size: options.MinibatchSize = None,
+    epochs: options.Epochs = 1,
+    seed: options.Seed = 0,
+    trust: options.Trust = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
     by: Annotated[By, typer.Option("--by", help="What a row stands for.", rich_help_panel=options.OUTPUT)] = By.LAYER,
     sort: Annotated[
         Sort,
@@ -74,14 +83,25 @@ def inspect(
 
     A checkpoint holds no gradients, but its optimizer remembers how large they were after clipping.
     """
+    captured = options.captured_batch(
+        batch,
+        model=model,
+        loss=loss,
+        minibatch_size=minibatch_size,
+        epochs=epochs,
+        seed=seed,
+        trust=trust,
+        device=device,
+        dtype=dtype,
+    )
     from gradscope.commands.destination import Destination
     from gradscope.commands.reading import choose_source, reading
 
     destination = Destination(format_.value, output, no_color, quiet)
-    destination.refuse_unusable(paths or [])
+    destination.refuse_unusable([*(paths or []), *([batch] if batch else [])])
     chosen_groups = options.parse_groups(groups)
     limit = None if max_norm is None else options.parse_number("--max-norm", max_norm)
-    source, opening = choose_source(paths, as_, quiet, tag=tag)
+    source, opening = choose_source(paths, as_, quiet, tag=tag, batch=captured)
     with reading(source, quiet, from_start=steps is None and at is None) as progress:
         # Loaded while the first step is being read: on a large file that is the time they take.
         from gradscope import inspection, views  # noqa: F401

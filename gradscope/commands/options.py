@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gradscope.errors import GradscopeError
 
-READING, POLICIES, OUTPUT = "What to read", "Policies", "Output"
+if TYPE_CHECKING:
+    from gradscope.backward.options import BatchOptions
+
+READING, BATCH, POLICIES, OUTPUT = "What to read", "Gradients of a captured batch", "Policies", "Output"
 
 
 class Format(str, Enum):
@@ -69,6 +72,68 @@ Tag = Annotated[
         rich_help_panel=READING,
     ),
 ]
+Batch = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        metavar="FILE",
+        help="Compute the gradients of this batch (safetensors, npz or pt), one step per minibatch.",
+        rich_help_panel=BATCH,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="Makes the model, whose weights are the checkpoint's. SB3 and rsl_rl checkpoints need none.",
+        rich_help_panel=BATCH,
+    ),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="loss(model, batch): a scalar, or one loss for each row.",
+        rich_help_panel=BATCH,
+    ),
+]
+MinibatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--minibatch-size",
+        metavar="N",
+        min=1,
+        help="Rows in a step; without it, as in the training, or all.",
+        rich_help_panel=BATCH,
+    ),
+]
+Epochs = Annotated[
+    int, typer.Option("--epochs", metavar="N", min=1, help="How often the rows are shuffled.", rich_help_panel=BATCH)
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", metavar="N", min=0, help="Of the shuffling, and of what the loss draws.", rich_help_panel=BATCH
+    ),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Unpickle what an SB3 checkpoint holds: code can run.", rich_help_panel=BATCH)
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.", rich_help_panel=BATCH)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="Compute in float64, float32, bfloat16 or float16.",
+        show_default="the model's own",
+        rich_help_panel=BATCH,
+    ),
+]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.", rich_help_panel=OUTPUT)]
 OutputFile = Annotated[
     str | None,
@@ -84,6 +149,16 @@ NoColor = Annotated[
     bool, typer.Option("--no-color", help="No colours; NO_COLOR does the same.", rich_help_panel=OUTPUT)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
+
+
+def captured_batch(batch: str | None, **given: Any) -> BatchOptions | None:
+    """The options of a captured batch; None without one.
+
+    Raises GradscopeError where one of them stands alone, or is out of range.
+    """
+    from gradscope.backward.options import batch_options
+
+    return batch_options(batch, **given)
 
 
 def parse_number(option: str, text: str) -> float:

@@ -6,14 +6,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradscope.sources import open_source
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+    from gradscope.backward.options import BatchOptions
     from gradscope.commands.options import ReadAs
     from gradscope.gradients import GradientSource, Progress
 
@@ -22,35 +23,68 @@ PATIENCE_SECONDS = 0.5
 
 
 def choose_source(
-    paths: list[str] | None, as_: ReadAs | None, quiet: bool, weights: str | None = None, tag: str | None = None
+    paths: list[str] | None,
+    as_: ReadAs | None,
+    quiet: bool,
+    weights: str | None = None,
+    tag: str | None = None,
+    batch: BatchOptions | None = None,
 ) -> tuple[GradientSource, str]:
     """The source at ``paths``, else the default one with the sentence that says so (empty if ``quiet``).
+
+    With a ``batch``, it is that of the gradients that the checkpoint there has on it.
 
     Raises GradscopeError if there is none, or it cannot be read.
     """
     read_as: Literal["gradients", "weights"] | None = as_.value if as_ else None
     if paths:
-        return open_source(paths[0] if len(paths) == 1 else paths, as_=read_as, weights=weights, tag=tag), ""
+        return _open(paths[0] if len(paths) == 1 else paths, read_as, weights, tag, batch), ""
     from gradscope.sources.default import default_source
 
     path, sentence = default_source()
-    return open_source(path, as_=read_as, weights=weights, tag=tag), "" if quiet else sentence
+    return _open(path, read_as, weights, tag, batch), "" if quiet else sentence
+
+
+def _open(
+    source: Any,
+    as_: Literal["gradients", "weights"] | None,
+    weights: str | None,
+    tag: str | None,
+    batch: BatchOptions | None,
+) -> GradientSource:
+    if batch is None:
+        return open_source(source, as_=as_, weights=weights, tag=tag)
+    from gradscope.backward.opening import open_with_batch
+
+    with _printing_aside():
+        return open_with_batch(source, batch, as_=as_, weights=weights, tag=tag)
+
+
+@contextmanager
+def _printing_aside() -> Iterator[None]:
+    """What a model or a loss prints goes to stderr: standard output is the result's."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 @contextmanager
 def reading(source: GradientSource, quiet: bool, from_start: bool) -> Iterator[Progress | None]:
     """The progress of reading ``source``, whose first step is read ahead if the reading is ``from_start``."""
-    with _progress(quiet) as progress, source.reading_ahead(progress) if from_start else nullcontext():
+    with (
+        _printing_aside(),
+        _progress(quiet, source.read_unit) as progress,
+        source.reading_ahead(progress) if from_start else nullcontext(),
+    ):
         yield progress
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
+def _progress(quiet: bool, unit: str) -> Iterator[Progress | None]:
     """A progress bar on stderr for reads that take long; None where nobody would see it."""
     if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None
         return
-    bar = _Bar()
+    bar = _Bar(unit)
     try:
         yield bar
     finally:
@@ -60,7 +94,8 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
 class _Bar:
     """Told of every piece read; draws from PATIENCE_SECONDS on."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
         self._start = time.monotonic()
         self._rich: RichProgress | None = None
 
@@ -68,7 +103,7 @@ class _Bar:
         if self._rich is None:
             if time.monotonic() - self._start < PATIENCE_SECONDS:
                 return
-            self._rich = _rich_progress()
+            self._rich = _rich_progress(self._unit)
             self._rich.add_task("reading", total=total_bytes)
             self._rich.start()
         self._rich.update(self._rich.task_ids[0], completed=done_bytes, total=total_bytes)
@@ -78,14 +113,15 @@ class _Bar:
             self._rich.stop()
 
 
-def _rich_progress() -> RichProgress:
+def _rich_progress(unit: str) -> RichProgress:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    in_bytes = unit == "bytes"
     return Progress(
-        TextColumn("reading"),
+        TextColumn("reading" if in_bytes else unit),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -69,6 +69,15 @@ def simulate(
     groups: options.Groups = None,
     as_: options.As = None,
     tag: options.Tag = None,
+    batch: options.Batch = None,
+    model: options.Model = None,
+    loss: options.Loss = None,
+    minibatch_size: options.MinibatchSize = None,
+    epochs: options.Epochs = 1,
+    seed: options.Seed = 0,
+    trust: options.Trust = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
     format_: options.OutputFormat = options.Format.TABLE,
     output: options.OutputFile = None,
     quiet: options.Quiet = False,
@@ -83,13 +92,24 @@ def simulate(
     """
     chosen = chosen_policies(max_norm or (), clip_value or (), policy or ())
     chosen_groups = options.parse_groups(groups)
+    captured = options.captured_batch(
+        batch,
+        model=model,
+        loss=loss,
+        minibatch_size=minibatch_size,
+        epochs=epochs,
+        seed=seed,
+        trust=trust,
+        device=device,
+        dtype=dtype,
+    )
 
     from gradscope.commands.destination import Destination
     from gradscope.commands.reading import choose_source, reading
 
     destination = Destination(format_.value, output, no_color, quiet)
-    destination.refuse_unusable([*(paths or []), *([weights] if weights else [])])
-    source, opening = choose_source(paths, as_, quiet, weights, tag)
+    destination.refuse_unusable([*(paths or []), *(file for file in (weights, batch) if file)])
+    source, opening = choose_source(paths, as_, quiet, weights, tag, captured)
     with reading(source, quiet, from_start=steps is None) as progress:
         # Loaded while the first step is being read: on a large file that is the time they take.
         from gradscope import simulation, views  # noqa: F401

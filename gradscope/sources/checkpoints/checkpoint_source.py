@@ -25,12 +25,13 @@ from gradscope.tensors import TensorInfo
 class ModelParameters:
     """The parameters of a model in its state dict's order.
 
-    ``skipped`` says what else was there and why it is no parameter; ``alias_of`` maps the names of tied tensors to the
-    name under which the tensor is kept.
+    ``skipped`` says what else was there and why it is no parameter, ``others`` are those tensors: buffers, integers,
+    and tied parameters under their further names.  ``alias_of`` maps these to the name under which the tensor is kept.
     """
 
     tensors: tuple[StoredTensor, ...] = ()
     skipped: tuple[str, ...] = ()
+    others: tuple[StoredTensor, ...] = ()
     alias_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -43,22 +44,27 @@ def model_parameters(leaves: Iterable[tuple[str, Leaf]]) -> ModelParameters:
     """The parameters among the named tensors of a model: no integers, no known buffers, tied tensors once."""
     kept: dict[object, StoredTensor] = {}
     skipped: list[str] = []
+    others: list[StoredTensor] = []
     alias_of: dict[str, str] = {}
     for name, leaf in leaves:
         if leaf is None:
             continue
         if isinstance(leaf, UnreadableTensor):
             skipped.append(f"{name}: {leaf.reason}")
-        elif not is_float(leaf.info):
+            continue
+        tensor, key = replace(leaf, info=replace(leaf.info, name=name)), same_storage(leaf)
+        if not is_float(leaf.info):
             skipped.append(f"{name}: {leaf.info.dtype}")
         elif is_buffer(name):
             skipped.append(f"{name}: buffer")
-        elif (key := same_storage(leaf)) in kept and leaf.info.numel:
+        elif key in kept and leaf.info.numel:
             alias_of[name] = kept[key].info.name
             skipped.append(f"{name}: the same tensor as {kept[key].info.name}")
         else:
-            kept[key if leaf.info.numel else name] = replace(leaf, info=replace(leaf.info, name=name))
-    return ModelParameters(tuple(kept.values()), tuple(skipped), alias_of)
+            kept[key if leaf.info.numel else name] = tensor
+            continue
+        others.append(tensor)
+    return ModelParameters(tuple(kept.values()), tuple(skipped), tuple(others), alias_of)
 
 
 def parameters_in(tree: object, what: str, prefix: str = "") -> ModelParameters:
@@ -74,9 +80,13 @@ def picked_newest(info: SourceInfo, checkpoints: Sequence[Path], directory: Path
 
 @dataclass(eq=False)
 class CheckpointSource(GradientSource):
-    """Weights and optimizer states; each is read when it is asked for."""
+    """Weights and optimizer states; each is read when it is asked for.
+
+    ``others`` are the model's tensors that are no parameters, or are the same as one.
+    """
 
     model: tuple[StoredTensor, ...] = ()
+    others: tuple[StoredTensor, ...] = ()
     stored_optimizers: tuple[StoredOptimizer, ...] = ()
 
     def read_steps(self, steps: range, progress: Progress | None = None) -> Iterator[GradientStep]:
@@ -88,7 +98,7 @@ class CheckpointSource(GradientSource):
         raise GradscopeError(
             self.info.path,
             f"is a checkpoint ({self.info.format}) and holds no gradients",
-            f"{SAVE_GRADIENTS} (--batch FILE, which computes them, comes with a later version)",
+            f"--batch FILE computes them from a captured batch; or {SAVE_GRADIENTS}",
         )
 
     def weights(self, progress: Progress | None = None) -> Weights | None:

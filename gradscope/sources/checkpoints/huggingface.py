@@ -69,6 +69,7 @@ def recognise_directory(directory: Path) -> GradientSource | None:
         skipped=model.skipped,
         notes=notes,
         model=model.tensors,
+        others=model.others,
         stored_optimizers=stored,
     )
 

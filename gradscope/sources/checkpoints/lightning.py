@@ -33,5 +33,6 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
         skipped=model.skipped,
         notes=("Lightning does not keep gradient_clip_val in its checkpoints.",) if optimizers else (),
         model=model.tensors,
+        others=model.others,
         stored_optimizers=tuple(optimizers),
     )

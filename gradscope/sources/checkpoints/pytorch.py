@@ -37,7 +37,7 @@ def weights_only(path: Path, tree: Tree, format_: str) -> CheckpointSource:
     """The tensors of ``tree`` as a model's weights, with no optimizer."""
     model = model_parameters(named_leaves(tree, str(path)))
     info = SourceInfo(str(path), "checkpoint", format_, 0)
-    return CheckpointSource(info=info, skipped=model.skipped, model=model.tensors)
+    return CheckpointSource(info=info, skipped=model.skipped, model=model.tensors, others=model.others)
 
 
 def _optimizer_states(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tree]]:
@@ -89,6 +89,7 @@ def _source(path: Path, models: Mapping[str, Mapping[Any, Any]], states: Mapping
         info=SourceInfo(what, "checkpoint", "PyTorch checkpoint", 0),
         skipped=model.skipped,
         model=model.tensors,
+        others=model.others,
         stored_optimizers=tuple(optimizers),
     )
 

@@ -50,6 +50,7 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
         skipped=model.skipped,
         notes=notes,
         model=model.tensors,
+        others=model.others,
         stored_optimizers=tuple(optimizers),
     )
 

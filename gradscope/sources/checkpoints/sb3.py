@@ -65,6 +65,7 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
         skipped=model.skipped,
         notes=(*_notes(algorithm, optimizers, told), *doubt),
         model=model.tensors,
+        others=model.others,
         stored_optimizers=optimizers,
     )
 
