@@ -17,6 +17,8 @@ MOST_GROUPS_SAID = 3
 FLOAT32_NORM_OVERFLOW = math.sqrt(3.4028234663852886e38)
 FLOAT32_RANGE = frozenset({"float32", "bfloat16"})
 KEPT_DEG = 1e-6
+# Where one of signal and noise has this many times the energy of the other.
+MOSTLY = 2.0
 _AT_LIMIT = 1e-4
 
 
@@ -41,6 +43,7 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
         found += _dominance(shares) if apart else []
         found += _dominance([(layer.name, layer.share) for layer in gradients.layers])
         found += _dead(gradients)
+        found += _minibatch_noise(inspection.batch, _exceeded(inspection))
     if inspection.weights is not None:
         found += _broken_weights(inspection.weights)
     for optimizer in inspection.optimizers:
@@ -118,6 +121,50 @@ def _dominance(shares: Sequence[tuple[str, float]]) -> list[str]:
     if share < DOMINANT_SHARE or not any(other > 0 for other_name, other in known if other_name != name):
         return []
     return [f"{name} dominates: {percent(share)} of the squared norm; all the rest has {percent(1 - share)}."]
+
+
+def _exceeded(inspection: results.Inspection) -> list[str]:
+    """The thresholds that the checkpoint names and some step is above, as words."""
+    largest = (
+        max((group.l2_norm.max for group in inspection.gradients.groups), default=0.0) if inspection.gradients else 0
+    )
+    named = dict.fromkeys(optimizer.max_norm for optimizer in inspection.optimizers)
+    return [f"max_norm {setting(limit)}" for limit in named if limit is not None and limit < largest]
+
+
+def _minibatch_noise(batch: results.MinibatchNoise | None, clipping: Sequence[str]) -> Iterable[str]:
+    """How much of a minibatch's gradient is noise, and so of what is cut by the policies that are ``clipping``."""
+    if batch is None or batch.noise_scale.noise is None or batch.noise_scale.noise <= 0.0:
+        return
+    scale, size = batch.noise_scale, batch.minibatch_size
+    cut = (
+        f"what {names(list(clipping))} {'cuts' if len(clipping) == 1 else 'cut'} is" if clipping else "its gradient is"
+    )
+    if scale.ci95 is None and scale.at_least is not None:
+        least = scale.at_least
+        bound = (
+            f"the noise scale is at least {number(least)} samples and a minibatch has {count(size)}; " if least else ""
+        )
+        said = f"{cut} mostly noise" if least >= MOSTLY * size else "how much is noise cannot be told"
+        yield f"{count(batch.minibatches)} minibatches do not tell the true gradient apart from zero: {bound}{said}."
+        return
+    if scale.estimate is None:
+        return
+    interval = f" [{number(scale.ci95[0])}–{number(scale.ci95[1])}]" if scale.ci95 else ""
+    low, high = scale.ci95 or (scale.estimate, scale.estimate)
+    # That a minibatch has so many samples, not how many it happens to have met, decides.
+    said = (
+        "mostly noise"
+        if low >= MOSTLY * size
+        else "mostly signal"
+        if high * MOSTLY <= size
+        else "both signal and noise"
+    )
+    few = "" if scale.ci95 else " (too few minibatches for an interval)"
+    yield (
+        f"The noise scale is {number(scale.estimate)}{interval} samples{few} and a minibatch has {count(size)}: "
+        f"{cut} {said}."
+    )
 
 
 def _dead(gradients: results.GradientSummary) -> list[str]:
@@ -287,6 +334,8 @@ def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
     for result in simulation.results:
         found += _clipping(simulation, result)
     found += _directions(simulation.results)
+    found += _updates(simulation.results)
+    found += _minibatch_noise(simulation.batch, _clipping_policies(simulation.results))
     over_both = [result for result in simulation.results if result.roles]
     return (*dict.fromkeys(found), *(_role_dominance(simulation, over_both[0]) if over_both else ()))
 
@@ -345,6 +394,24 @@ def _directions(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
     if kept:
         by = f" by {', '.join(kept)}" if len(policies) > 1 else ""
         yield f"Direction is kept (0°){by}; only the length changes."
+
+
+def _updates(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
+    """How far each policy turns what Adam makes of the gradient."""
+    turned = []
+    for result in policies:
+        change = result.update_direction_change_deg
+        if change is None or change.max < KEPT_DEG:
+            continue
+        name = policy_words(result.policy)
+        most = "" if change.min == change.max else f" in the median, up to {angle(change.max)}"
+        turned.append(f"{name} by {angle(change.p50)}{most}")
+    if turned:
+        yield f"Adam's next update, whose moments keep their size, is turned: {'; '.join(turned)}."
+
+
+def _clipping_policies(policies: Sequence[results.PolicyResult]) -> list[str]:
+    return [policy_words(result.policy) for result in policies if result.clipped_steps and not is_skip(result)]
 
 
 def _role_dominance(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:

@@ -26,6 +26,7 @@ SIMULATION_COLUMNS = (
     "scale_mean", "norm_ratio_p50", "direction_change_deg_p50", "direction_change_deg_mean", "direction_change_deg_max",
     "direction_change_error_deg",
     "clipped_elements", "clipped_elements_error", "steps",
+    "update_direction_change_deg_p50", "update_direction_change_deg_max",
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def inspection_csv(inspection: results.Inspection, choices: ViewChoices) -> str:
     if inspection.gradients is not None:
         # A log of norms knows neither layers nor what a clip group is.
         by: By = "tensor" if inspection.source.kind == "norm-log" else choices.by
-        rows = _chosen(gradient_rows(inspection.gradients, by), choices)
+        rows = _chosen(gradient_rows(inspection.gradients, by, inspection.batch), choices)
         updated = any(row.update_ratio is not None for row in rows)
         run = inspection.recorded if by == "group" else None
         clipped = {group.name: group for group in run.groups} if run is not None else {}
@@ -56,8 +57,18 @@ def _gradient_record(row: NormRow, updated: bool) -> Record:
     spread = row.spread or Spread.constant(float("nan"))
     norms: Record = {f"l2_norm_{name}": value for name, value in asdict(spread).items()}
     update: Record = {"update_ratio": row.update_ratio} if updated else {}
-    known = {**norms, **update, **_tensor_record(row), "steps": row.steps}
+    known = {**norms, **update, **_tensor_record(row), "steps": row.steps, **_noise(row)}
     return {"name": row.name, "numel": row.numel, "share": row.share, **known}
+
+
+def _noise(row: NormRow) -> Record:
+    """Signal and noise, where the steps are minibatches."""
+    scale = row.noise_scale
+    if scale is None:
+        return {}
+    low, high = scale.ci95 or (scale.at_least, None)
+    known: Record = {"noise_scale": scale.estimate, "noise_scale_low": low, "noise_scale_high": high}
+    return {**known, "mean_cosine": row.mean_cosine}
 
 
 def _recorded(group: results.RecordedClipping | None) -> Record:
@@ -143,6 +154,7 @@ def _policy_records(simulation: results.Simulation, policy: results.PolicyResult
         "direction_change_error_deg": policy.direction_change_error_deg,
         "clipped_elements": policy.clipped_elements,
         "clipped_elements_error": policy.clipped_elements_error,
+        **_update_direction(policy.update_direction_change_deg),
     }
     recent = policy.recent
     clipping = _clipping(recent.clip_rate, recent.clip_rate_ci95, recent.effective_steps)
@@ -199,6 +211,12 @@ def _norms(spread: Spread) -> Record:
 
 def _direction(change: Spread) -> Record:
     return {"direction_change_deg_p50": change.p50, "direction_change_deg_max": change.max}
+
+
+def _update_direction(change: Spread | None) -> Record:
+    if change is None:
+        return {}
+    return {"update_direction_change_deg_p50": change.p50, "update_direction_change_deg_max": change.max}
 
 
 def _safe(cell: Cell) -> Cell:

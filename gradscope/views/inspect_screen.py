@@ -111,8 +111,10 @@ def _gradient_blocks(
     if recorded is not None and len(recorded.groups) > 1:
         yield recorded_table(recorded, gradients if own and not by_group else None)
     if len(gradients.groups) > 1 and not by_group and not own:
-        yield _gradient_table(inspection, gradients, gradient_rows(gradients, "group"), None, "clip group")
-    rows = ordered(gradient_rows(gradients, choices.by), choices.sort)
+        yield _gradient_table(
+            inspection, gradients, gradient_rows(gradients, "group", inspection.batch), None, "clip group"
+        )
+    rows = ordered(gradient_rows(gradients, choices.by, inspection.batch), choices.sort)
     shown, rest = shown_and_folded(rows, choices.top, choices.by)
     yield _gradient_table(inspection, gradients, shown, rest, _heading(choices.by))
 
@@ -142,7 +144,11 @@ def _gradient_table(
 ) -> Table:
     several = gradients.global_.l2_norm.min < gradients.global_.l2_norm.max
     fields = gradient_fields(what, rows, several, gradients.global_.steps, step_word(inspection.source))
-    return norm_table(fields, rows, rest, _whole(gradients))
+    whole = _whole(gradients)
+    if inspection.batch is not None:
+        noise = inspection.batch.noise_scale
+        whole = replace(whole, noise_scale=noise, mean_cosine=inspection.batch.mean_cosine)
+    return norm_table(fields, rows, rest, whole)
 
 
 def _step_table(steps: Sequence[results.StepRow], label: str) -> Table:

@@ -34,10 +34,19 @@ class NormRow:
     consistency: float | None = None
     update_ratio: float | None = None
     steps: int | None = None
+    noise_scale: results.NoiseScale | None = None
+    mean_cosine: float | None = None
 
 
-def gradient_rows(gradients: results.GradientSummary, by: By) -> list[NormRow]:
-    """The gradients' rows, in the order of the source."""
+def gradient_rows(
+    gradients: results.GradientSummary, by: By, batch: results.MinibatchNoise | None = None
+) -> list[NormRow]:
+    """The gradients' rows, in the order of the source; ``batch`` is what its minibatches tell of signal and noise."""
+    noise: dict[str, results.NoiseScale] = {}
+    cosines: dict[str, float | None] = {}
+    if batch is not None and by != "tensor":
+        noise = {entry.name: entry.noise_scale for entry in (batch.layers if by == "layer" else batch.groups)}
+        cosines = {layer.name: layer.mean_cosine for layer in batch.layers} if by == "layer" else {}
     entries: Sequence[results.TensorNorm | results.LayerNorm | results.GroupNorm]
     entries = gradients.tensors if by == "tensor" else gradients.layers if by == "layer" else gradients.groups
     return [
@@ -50,6 +59,8 @@ def gradient_rows(gradients: results.GradientSummary, by: By) -> list[NormRow]:
             entry if isinstance(entry, results.TensorNorm) else None,
             update_ratio=None if isinstance(entry, results.GroupNorm) else entry.update_ratio,
             steps=entry.steps,
+            noise_scale=noise.get(entry.name),
+            mean_cosine=cosines.get(entry.name),
         )
         for entry in entries
     ]

@@ -62,7 +62,7 @@ def gradient_fields(
         ]
     else:
         fields.append(norm_field("norm"))
-    return [*fields, SHARE, *updated, *_tensor_fields(rows), ELEMENTS]
+    return [*fields, SHARE, *updated, *_noise_fields(rows), *_tensor_fields(rows), ELEMENTS]
 
 
 def series_fields(rows: Sequence[NormRow]) -> list[Field]:
@@ -109,6 +109,22 @@ def _spread_field(title: str, statistic: str, spare: int = 0) -> Field:
     return Field(Column(title, spare=spare), text)
 
 
+def _noise_fields(rows: Sequence[NormRow]) -> list[Field]:
+    scales = [NOISE_SCALE] if any(row.noise_scale is not None for row in rows) else []
+    cosines = [COSINE] if any(row.mean_cosine is not None for row in rows) else []
+    return [*scales, *cosines]
+
+
+def _noise_scale(row: NormRow) -> str:
+    scale = row.noise_scale
+    if scale is None:
+        return ""
+    # Without an end above, the lower one is all that is known.
+    if scale.ci95 is None and scale.at_least is not None:
+        return f"> {number(scale.at_least)}" if scale.at_least > 0.0 else _NEVER
+    return _NEVER if scale.estimate is None else number(scale.estimate)
+
+
 def _tensor_fields(rows: Sequence[NormRow]) -> list[Field]:
     tensors = [row.tensor for row in rows if row.tensor is not None]
     if not tensors:
@@ -140,6 +156,14 @@ def _of_tensor(row: NormRow, name: str, text: Callable[[Any], str]) -> str:
 UPDATE = Field(
     Column("update/weight", spare=1, note="update/weight: median ‖θ' − θ‖/‖θ‖ of an optimizer step"),
     lambda row: known(row.update_ratio, lambda ratio: number(ratio, 2)),
+)
+NOISE_SCALE = Field(
+    Column("noise scale", spare=1, note="noise scale: samples at which signal and noise are equally large"),
+    _noise_scale,
+)
+COSINE = Field(
+    Column("cosine", spare=3, note="cosine: mean between two minibatches' gradients"),
+    lambda row: known(row.mean_cosine, lambda cosine: f"{cosine:.2f}"),
 )
 SHARE = Field(Column("share"), lambda row: known(row.share, percent))
 ELEMENTS = Field(Column("elements", spare=6), lambda row: known(row.numel, count))

@@ -38,6 +38,7 @@ def policy_table(simulation: results.Simulation) -> Table:
     fields = [_NAME, *_rate_fields(simulation), _LENGTH, _DIRECTION, _LARGEST_ANGLE]
     if any(policy.direction_change_error_deg >= WORTHWHILE_ERROR_DEG for policy in policies):
         fields.append(Field(Column("±", spare=6), lambda policy: angle(policy.direction_change_error_deg)))
+    fields += _update_fields(policies)
     fields.append(Field(Column("scale", spare=7, note=_SCALE), lambda policy: factor(policy.scale.p50)))
     if any(policy.clipped_elements for policy in policies):
         fields.append(_ELEMENTS)
@@ -54,6 +55,7 @@ def one_step_table(policies: Sequence[results.PolicyResult]) -> Table:
         Field(Column("scale", spare=1, note=_SCALE), lambda policy: f"{number(policy.scale.max, 5)}×"),
         Field(Column("direction"), lambda policy: _angle(policy, "max", lambda degrees: f"{number(degrees, 5)}°")),
         Field(Column("±", spare=3), lambda policy: angle(policy.direction_change_error_deg)),
+        *_update_fields(policies),
     ]
     return _table(fields, policies)
 
@@ -85,6 +87,17 @@ def _angle(policy: results.PolicyResult, of: Literal["p50", "max"], text: Callab
     return text(change.p50 if of == "p50" else change.max)
 
 
+def _update_fields(policies: Sequence[results.PolicyResult]) -> list[Field]:
+    """The turn of Adam's update, where it is known of any policy."""
+    known_of_any = any(policy.update_direction_change_deg is not None for policy in policies)
+    return [_UPDATE] if known_of_any else []
+
+
+def _updated(policy: results.PolicyResult) -> str:
+    change = policy.update_direction_change_deg
+    return _UNKNOWN if change is None else angle(change.p50)
+
+
 def _clipped_elements(clipped: results.PolicyResult | results.PolicyLayer) -> str:
     return f"{'≈ ' if clipped.clipped_elements_error else ''}{count(clipped.clipped_elements)}"
 
@@ -101,6 +114,9 @@ _LENGTH = Field(
 )
 _DIRECTION = Field(Column("direction", spare=1, note="direction: median change"), lambda policy: _angle(policy, "p50"))
 _LARGEST_ANGLE = Field(Column("at most", spare=5), lambda policy: _angle(policy, "max"))
+_UPDATE = Field(
+    Column("update turned", spare=2, note="update turned: median change of direction of Adam's next update"), _updated
+)
 _ELEMENTS = Field(Column("elements clipped", spare=8), _policy_elements)
 
 
