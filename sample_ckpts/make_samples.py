@@ -31,6 +31,7 @@ from stable_baselines3 import A2C, PPO, __version__
 from tensordict import TensorDict
 
 from gradscope import Recorder
+from gradscope.integrations.sb3 import save_rollout
 
 HERE = Path(__file__).parent
 
@@ -104,7 +105,9 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     folder.mkdir(parents=True, exist_ok=True)
     with recorded(folder / "ppo_cartpole.gradscope"):
-        write_sb3_checkpoint(PPO, PPO_TIMESTEPS, folder / "ppo_cartpole.zip")
+        write_sb3_checkpoint(
+            PPO, PPO_TIMESTEPS, folder / "ppo_cartpole.zip", folder / "ppo_cartpole_rollout.safetensors"
+        )
     write_sb3_checkpoint(A2C, A2C_TIMESTEPS, folder / "a2c_cartpole.zip")
     with recorded(folder / "rsl_rl_run.gradscope"):
         write_rsl_rl_run(folder / "rsl_rl_run")
@@ -114,10 +117,14 @@ def main() -> None:
 # --- Stable-Baselines3 -----------------------------------------------------------------------------------------------
 
 
-def write_sb3_checkpoint(algorithm: type[PPO] | type[A2C], timesteps: int, path: Path) -> None:
-    """Train with the library's default hyper-parameters and save with its own ``save``."""
+def write_sb3_checkpoint(
+    algorithm: type[PPO] | type[A2C], timesteps: int, path: Path, rollout: Path | None = None
+) -> None:
+    """Train with the library's default hyper-parameters and save with its own ``save``; and the last rollout."""
     model = algorithm("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
     model.learn(timesteps)
+    if rollout is not None:
+        save_rollout(model, rollout)
     model.start_time = 0
     for episode in model.ep_info_buffer or ():
         episode["t"] = 0.0

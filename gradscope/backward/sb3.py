@@ -29,6 +29,7 @@ from gradscope.backward.library_training import (
     withheld_training,
 )
 from gradscope.backward.options import BatchOptions
+from gradscope.backward.placement import device_of, dtype_of
 from gradscope.errors import GradscopeError
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource
 from gradscope.sources.formats.contents import read_contents
@@ -298,6 +299,7 @@ def _import(algorithm: Algorithm, label: str) -> Any:
 
 def _load(class_: Any, path: Path, options: BatchOptions) -> tuple[tuple[str, ...], Any]:
     """The loaded algorithm, and what SB3 warned of meanwhile."""
+    device, dtype = device_of(options), dtype_of(options)
     with (
         seeded(0),
         foreign_code(f"{class_.__name__}.load({str(path)!r})"),
@@ -305,16 +307,16 @@ def _load(class_: Any, path: Path, options: BatchOptions) -> tuple[tuple[str, ..
         _working_directory_importable(),
     ):
         warnings.simplefilter("always")
-        model = class_.load(path, device=options.device, custom_objects=dict(_NOT_NEEDED), **_SMALL_BUFFERS)
-        if options.dtype is not None:
-            _cast(model, getattr(torch, options.dtype))
-    told = dict.fromkeys(str(w.message).partition("\n")[0] for w in caught if _is_of(class_, w))
+        model = class_.load(path, device=device, custom_objects=dict(_NOT_NEEDED), **_SMALL_BUFFERS)
+        if dtype is not None:
+            _cast(model, dtype)
+    told = dict.fromkeys(str(warning.message).partition("\n")[0] for warning in caught if _is_of_sb3(warning))
     return tuple(told), model
 
 
-def _is_of(class_: Any, warning: warnings.WarningMessage) -> bool:
-    package = class_.__module__.partition(".")[0]
-    return issubclass(warning.category, UserWarning) and package in Path(warning.filename).parts
+def _is_of_sb3(warning: warnings.WarningMessage) -> bool:
+    packages = {known.package for known in ALGORITHMS.values()}
+    return issubclass(warning.category, UserWarning) and not packages.isdisjoint(Path(warning.filename).parts)
 
 
 @contextmanager
