@@ -878,7 +878,8 @@ cdef int in_two_threads(void (*half)(void *of, int number) noexcept nogil, void 
     halves.half, halves.of, halves.taken = half, of, 0
     if openmp_parallel != NULL:
         with nogil:
-            openmp_parallel(run_halves, &halves, 2, 0)
+            # All threads: those that a smaller team has no place for would end, and torch start them anew.
+            openmp_parallel(run_halves, &halves, 0, 0)
         return 0
     work = threading.Thread(target=run_half_of, args=(<size_t>&halves,))
     try:
