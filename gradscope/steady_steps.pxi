@@ -6,15 +6,15 @@ from sys import _getframe as getframe
 
 cdef bint holds_parameters(optimizer, list held) except -1:
     """Whether ``optimizer`` holds as many parameters as ``held``, and the same first one."""
-    cdef list groups = optimizer.param_groups, params
     cdef Py_ssize_t number = 0
-    for group in groups:
-        params = (<dict>group)["params"]
+    first = None
+    for group in optimizer.param_groups:
+        # Mostly a list; but nobody is kept from putting something else there.
+        params = group["params"]
+        if number == 0 and first is None:
+            first = params
         number += len(params)
-    if number == 0 or number != len(held):
-        return False
-    params = (<dict>groups[0])["params"]
-    return len(params) > 0 and params[0] is held[0]
+    return number != 0 and number == len(held) and len(first) > 0 and first[0] is held[0]
 
 
 def same_parameters(optimizer, list held not None):
@@ -114,7 +114,11 @@ cdef class ExpectedClip:
         """The call has returned."""
         cdef gm_dltensor told
         cdef TensorTypes types = self.known.types
-        self.version = self.used._version
+        try:
+            self.version = self.used._version
+        except RuntimeError:
+            # A tensor of inference mode has none.
+            pass
         if types.exchange != NULL and type(total_norm) is types.first:
             types.exchange.describe(<void *>total_norm, &told)
             if told.device.device_type == GM_DLPACK_CPU and told.dtype.code == 2 and gm_is_dense(&told, 1):
@@ -261,8 +265,16 @@ cdef class SteadySteps:
         clip = self.clips[self.seen]
         if type(max_norm) not in (float, int) or type(norm_type) not in (float, int):
             return False
-        # From the wrapper around the wrapper of torch.
-        if not clip.is_given(parameters, getframe(2)):
+        # The optimizer is gone, and with it whoever kept the parameters alive.
+        if not self.parameters:
+            return False
+        try:
+            # From the wrapper around the wrapper of torch.
+            frame = getframe(2)
+        except ValueError:
+            # Called by no Python code, as the first function of a thread.
+            return False
+        if not clip.is_given(parameters, frame):
             return False
         limit = max_norm
         if not 0.0 < limit < NO_SQUARES or not clip.take(self.rows, parameters, limit, norm_type):
@@ -304,16 +316,20 @@ cdef class SteadySteps:
         cdef int spectra
         if self.stepping == 0 or self.stepping != PyThread_get_thread_ident():
             return False
-        self.stepping = 0
         if not self.on:
+            self.stepping = 0
             return False
         spectra = self.spectra()
         self.step += 1
         self.seen = 0
         if self.steps_left > 0:
             self.steps_left -= 1
-        for clip in clips:
-            update_norms = None if clip.weight_norms is None else clip.updates.after()
-            if not clip.put(self.rows, self.step, spectra, update_norms):
-                self.emit(self.step, clip, spectra, update_norms)
+        try:
+            for clip in clips:
+                # May let other threads run, which must not begin the next step.
+                update_norms = None if clip.weight_norms is None else clip.updates.after()
+                if not clip.put(self.rows, self.step, spectra, update_norms):
+                    self.emit(self.step, clip, spectra, update_norms)
+        finally:
+            self.stepping = 0
         return True

@@ -1,10 +1,11 @@
 # Part of _meter.pyx: where torch's tensors lie, asked in as few questions as torch allows, and copies of small ones.
 
-from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 
 cdef extern from *:
     """
     /* What is used of DLPack 1: https://dmlc.github.io/dlpack/latest/c_api.html */
+    typedef struct { uint32_t major, minor; } gm_version;
     typedef struct {
         void *data;
         struct { int32_t device_type, device_id; } device;
@@ -14,7 +15,7 @@ cdef extern from *:
         uint64_t byte_offset;
     } gm_dltensor;
     typedef struct {
-        struct { uint32_t major, minor; } version;
+        gm_version version;
         const void *previous;
         void (*functions_not_used[3])(void);
         int (*describe)(void *tensor, gm_dltensor *out);
@@ -64,7 +65,10 @@ cdef extern from *:
         gm_device device
         gm_dtype dtype
         uint64_t byte_offset
+    ctypedef struct gm_version:
+        uint32_t major
     ctypedef struct gm_exchange:
+        gm_version version
         int (*describe)(void *tensor, gm_dltensor *out) except? -1
     const int GM_DLPACK_CPU
     void gm_copy(char *to, const char *source, size_t n) nogil
@@ -94,8 +98,11 @@ cdef class TensorTypes:
         self.strided = strided
         self.dtypes = dtypes
         self.capsule = exchange
-        if exchange is not None:
+        if exchange is not None and PyCapsule_IsValid(exchange, "dlpack_exchange_api"):
             self.exchange = <const gm_exchange *>PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
+            if self.exchange.version.major != 1:
+                # Its functions lie elsewhere.
+                self.exchange = NULL
 
 
 cdef class KnownTensors:

@@ -88,9 +88,11 @@ class Witness:
 
     @classmethod
     def of(cls, parameter: Tensor | None) -> Witness | None:
-        """A witness for ``parameter`` as it stands; None where it has no gradient."""
+        """A witness for ``parameter`` as it stands; None where it has no gradient, or one of inference mode."""
         gradient = None if parameter is None else parameter.grad
-        return None if gradient is None else cls(id(parameter), gradient, gradient._version)
+        if gradient is None or gradient.is_inference():
+            return None
+        return cls(id(parameter), gradient, gradient._version)
 
     def confirms(self, group: WatchedGroup) -> bool:
         """Whether ``group`` holds the parameter, and its gradient is the same as then."""

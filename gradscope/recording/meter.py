@@ -276,6 +276,10 @@ def plain_elements(tensor: Tensor) -> Tensor:
         tensor = tensor.to(torch.float32)
     if not _is_gap_free(tensor):
         tensor = tensor.contiguous()
+    if tensor.is_cpu and tensor.numel() and not tensor.data_ptr():
+        if not tensor._is_zerotensor():
+            raise UnreadableGradientError("it holds no elements in memory")
+        tensor = tensor.clone()
     return tensor
 
 

@@ -26,7 +26,7 @@ class UpdateNorms:
         self._parameters = tuple(parameters)
         self._meter: UpdateMeter | None = None
         self._known: KnownTensors | None = None
-        self._lie: tuple[Any, ...] = ()
+        self._lie: tuple[tuple[int, torch.dtype], ...] = ()
         self._copies: dict[int, Tensor] = {}
         self._turn = 0
 
@@ -48,7 +48,7 @@ class UpdateNorms:
             self._meter = self._known = None
             self._copy(held)
             return PendingNorms(held)
-        lie = tuple((p.numel(), p.dtype) for p in held if p is not None)
+        lie = _lie(held)
         if self._meter is None or lie != self._lie:
             self._lie = lie
             sizes, dtypes = [numel for numel, _ in lie], [DTYPES[dtype] for _, dtype in lie]
@@ -67,6 +67,9 @@ class UpdateNorms:
     def _after_others(self) -> Any:
         held = self._held()
         if self._meter is not None:
+            if not _in_memory(held) or _lie(held) != self._lie:
+                # The step has exchanged them.
+                return np.full(len(held), np.nan)
             return self._meter.after([p.data_ptr() for p in held if p is not None])
         changes = [
             p.to(_wide(p)) - self._copies[i] if p is not None and i in self._copies else None
@@ -129,6 +132,10 @@ def _in_memory(held: Sequence[Tensor | None]) -> bool:
         p is not None and p.is_cpu and p.layout is torch.strided and p.is_contiguous() and p.dtype in DTYPES
         for p in held
     )
+
+
+def _lie(held: Sequence[Tensor | None]) -> tuple[tuple[int, torch.dtype], ...]:
+    return tuple((p.numel(), p.dtype) for p in held if p is not None)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

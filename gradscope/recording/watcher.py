@@ -85,7 +85,7 @@ class Watcher:
 
     def watching(self) -> bool:
         """Whether a clip call made now is to be looked at."""
-        return self._active and not self._local.depth
+        return self._active and not self._local.depth and not self.steady.inside()
 
     def stepping(self) -> bool:
         """Whether an optimizer step made now is to be looked at."""
@@ -105,6 +105,7 @@ class Watcher:
         if not self.steady.on:
             return
         with self._lock:
+            inside_step = self.steady.stepping == threading.get_ident()
             left = self.steady.leave()
             if left is None:
                 return
@@ -115,12 +116,16 @@ class Watcher:
             calls = [clip_call(clip, spectra) for clip in clips[:seen]]
             if self.steady.clipping:
                 self._left_clip = calls[-1]
-            if self.steady.stepping:
+            if self.steady.stepping and calls:
                 # Another thread is making the step, and concludes it.
                 self._left_steps[self.steady.stepping] = watch, calls
-            else:
-                for call in calls:
-                    self._calls[call.parts[0][0]] = call
+                return
+            for call in calls:
+                self._calls[call.parts[0][0]] = call
+            if inside_step and calls:
+                # It has failed, or steps another optimizer.
+                self._local.stepping.append(watch)
+                watch.captured, watch.calls = True, calls
 
     def _emit_steady(self, step: int, clip: ExpectedClip, spectra: int, update_norms: Any) -> None:
         self.sink.emit(step, clip_call(clip, spectra), True, [] if update_norms is None else [update_norms])
@@ -176,7 +181,7 @@ class Watcher:
                 return None
             group, whole = self._book.clipped(parameters, frame, function)
             where = group.call_site
-            if group.watch is not None and group.watch.captured:
+            if group.watch is not None and group.watch.captured and _inside_step(frame):
                 # A later evaluation of the closure: the step's gradient is that of the first.
                 return None
             has_gradient = whole and parameters[group.smallest].grad is not None
@@ -523,6 +528,15 @@ class Watcher:
         """Every optimizer that has stepped."""
         self.leave_steady()
         return [watch for watch in self._optimizers.values() if watch.finished]
+
+
+def _inside_step(frame: FrameType | None) -> bool:
+    """Whether an optimizer is in a step: one that has failed does not say when it ended."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.optim.optimizer":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Depth(threading.local):
