@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def foreign_names(settings: Mapping[str, Any]) -> list[str]:
+def foreign_names(settings: Any) -> list[str]:
     """The classes and functions that ``settings`` names outside rsl_rl, each as ``KEY: NAME``.
 
     rsl_rl finds them by importing, so whoever wrote the file chooses what code runs.
     """
-    return [f"{key}: {name}" for key, name in _named(settings) if not _is_rsl_rls_own(name)]
+    return [f"{key}: {name}" for key, name in _named(settings) if not _is_rsl_rls_own(name) and not name.isidentifier()]
+
+
+def unknown_names(settings: Any) -> list[str]:
+    """The bare names in ``settings``, which rsl_rl looks up in itself, that the installed version does not have."""
+    return [f"{key}: {name}" for key, name in _named(settings) if not _is_rsl_rls_own(name) and name.isidentifier()]
 
 
 def _named(settings: Any) -> Iterator[tuple[str, str]]:

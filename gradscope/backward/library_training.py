@@ -132,13 +132,13 @@ def _step_withheld(optimizer: Optimizer, notes: TrainingNotes, seen: dict[Tensor
     def step(closure: Callable[[], Any] | None = None) -> Any:
         loss = closure() if closure is not None else None
         notes.stepped.append(optimizer)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                # Taken away, so that a later loss that also flows through this parameter adds nothing to it.
-                if parameter.grad is not None:
-                    seen[parameter], parameter.grad = parameter.grad, None
-                else:
-                    seen.pop(parameter, None)
+        # What two networks share, rsl_rl gives its optimizer twice.
+        for parameter in _distinct(parameter for group in optimizer.param_groups for parameter in group["params"]):
+            # Taken away, so that a later loss that also flows through this parameter adds nothing to it.
+            if parameter.grad is not None:
+                seen[parameter], parameter.grad = parameter.grad, None
+            else:
+                seen.pop(parameter, None)
         return loss
 
     with _exchanged(optimizer.__dict__, "step", step):

@@ -10,6 +10,8 @@ import contextlib
 import copy
 import io
 import math
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +24,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gradscope.backward.agent_settings import foreign_names, read_settings
+from gradscope.backward.agent_settings import foreign_names, read_settings, unknown_names
 from gradscope.backward.captured import CapturedBatch
+from gradscope.backward.imported import their_code
 from gradscope.backward.library_training import (
     ClipCall,
-    foreign_code,
+    minibatch_seed,
     seeded,
     withheld_training,
 )
 from gradscope.backward.options import BatchOptions
+from gradscope.backward.placement import device_of, dtype_of
 from gradscope.backward.stored_elements import as_torch, elements_of
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
@@ -45,6 +49,9 @@ PARAMS = "distribution_params."
 COLUMNS = ("actions", "values", "returns", "advantages", "actions_log_prob")
 CAPTURE = "capture one with gradscope.integrations.rsl_rl.save_rollout(runner, path) after runner.learn()"
 RECURRENT = "the policy is recurrent: its rollouts are cut into trajectories, and no row stands for itself"
+ANOTHER_VERSION = (
+    "where the run's rsl_rl was of another version, install that one (4.0 parted policy into actor and critic)"
+)
 _SHOWN = 3
 
 
@@ -66,10 +73,10 @@ def open_rsl_rl(path: Path, source: GradientSource, batch: CapturedBatch, option
         )
     agent = checkpoint.parent / "params" / "agent.yaml"
     settings = read_settings(agent)
-    _require_trust(settings, agent, options.trust)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    columns = {name: _placed(column, options.device, dtype) for name, column in batch.tensors().items()}
-    algorithm, notes = _algorithm(settings, agent, columns, checkpoint, options.device)
+    _require_own_classes(settings, agent, options.trust)
+    device, dtype = str(device_of(options)), dtype_of(options)
+    columns = {name: _placed(column, device, dtype) for name, column in batch.tensors().items()}
+    algorithm, notes = _algorithm(settings, agent, columns, device)
     parts = _parts(algorithm)
     _load_weights(parts, checkpoint, agent, columns)
     for part in parts.values():
@@ -99,9 +106,9 @@ class RslRlEngine:
             GradscopeError: rsl_rl's ``update()`` raised, with its message.
         """
         self._algorithm, self._parts, self._columns = algorithm, dict(parts), columns
-        self._batch, self._options = batch, options
+        self._batch, self._seed = batch, options.seed
         self.rows = batch.rows
-        self.minibatch_size = options.minibatch_size or max(1, batch.rows // int(algorithm.num_mini_batches))
+        self.minibatch_size = options.minibatch_size or max(1, batch.rows // algorithm.num_mini_batches)
         trained = {id(parameter) for group in algorithm.optimizer.param_groups for parameter in group["params"]}
         named: dict[int, tuple[str, nn.Parameter]] = {}
         for part, model in self._parts.items():
@@ -111,12 +118,11 @@ class RslRlEngine:
                     named.setdefault(id(parameter), (name, parameter))
         self.parameters = dict(named.values())
         algorithm.num_learning_epochs = algorithm.num_mini_batches = 1
-        with seeded(options.seed):
-            clips, _ = self._update(np.arange(min(self.minibatch_size, self.rows), dtype=np.int64))
+        clips, _ = self._update(np.arange(min(self.minibatch_size, self.rows), dtype=np.int64))
         self.groups = tuple(self._clip_group(clip, number) for number, clip in enumerate(clips))
+        self.notes = (*notes, *self._flat_losses())
         if options.epochs > 1:
-            notes += ("rsl_rl shuffles once for all its epochs; here every epoch is shuffled anew.",)
-        self.notes = notes
+            self.notes += ("rsl_rl shuffles once for all its epochs; here every epoch is shuffled anew.",)
 
     def shuffled(self, epochs: int) -> list[NDArray[np.int64]]:
         """As ``RolloutStorage.mini_batch_generator`` draws them: whole minibatches only, so the last rows are left out.
@@ -125,7 +131,7 @@ class RslRlEngine:
         so every epoch is drawn as a new update draws its own.
         """
         whole = self.rows // self.minibatch_size * self.minibatch_size
-        device = self._options.device
+        device = self._algorithm.device
         return [torch.randperm(whole, device=device).cpu().numpy() for _ in range(epochs)]
 
     def backward(self, rows: NDArray[np.int64]) -> None:
@@ -145,10 +151,11 @@ class RslRlEngine:
         learning_rate = algorithm.learning_rate
         try:
             with (
+                seeded(minibatch_seed(self._seed, rows)),
                 _same_buffers(self._parts.values()),
                 withheld_training(self._parts.values(), [algorithm.optimizer]) as done,
                 _in_order(),
-                foreign_code(f"rsl_rl's {type(algorithm).__name__}.update()"),
+                their_code(f"rsl_rl's {type(algorithm).__name__}.update()"),
             ):
                 losses = algorithm.update()
         finally:
@@ -160,12 +167,12 @@ class RslRlEngine:
         from rsl_rl.storage import RolloutStorage
         from tensordict import TensorDict
 
-        index = torch.from_numpy(np.ascontiguousarray(rows)).to(self._options.device)
+        index = torch.from_numpy(np.ascontiguousarray(rows)).to(self._algorithm.device)
         taken = {name: column[index] for name, column in self._columns.items()}
         groups = {name.removeprefix(OBSERVATIONS): v for name, v in taken.items() if name.startswith(OBSERVATIONS)}
         observations = TensorDict(groups, batch_size=[len(rows)])
         shape = tuple(taken["actions"].shape[1:])
-        storage = RolloutStorage("rl", len(rows), 1, observations, shape, self._options.device)
+        storage = RolloutStorage("rl", len(rows), 1, observations, shape, self._algorithm.device)
         storage.observations = observations.unsqueeze(0)
         for name in (*COLUMNS, "dones", "rewards", "mu", "sigma"):
             if name in taken:
@@ -174,6 +181,16 @@ class RslRlEngine:
         if parameters:
             storage.distribution_params = tuple(parameters)
         return storage
+
+    def _flat_losses(self) -> Iterator[str]:
+        """What there is to say of clip groups that the first rows give no gradient."""
+        for group in self.groups:
+            gradients = (self.parameters[name].grad for name in group.tensors)
+            if not any(bool(gradient.any()) for gradient in gradients if gradient is not None):
+                yield (
+                    f"The gradient of the {group.name} is zero on the first rows: PPO's loss is flat where an output "
+                    f"has left clip_param ({self._algorithm.clip_param:g}), as it does in the updates after the rollout."
+                )
 
     def _clip_group(self, clip: ClipCall, number: int) -> ClipGroup:
         name_of = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -225,15 +242,51 @@ def _require_rollout(batch: CapturedBatch) -> None:
         )
 
 
-def _require_trust(settings: Mapping[str, Any], agent: Path, trust: bool) -> None:
-    foreign = foreign_names({key: settings.get(key) for key in ("algorithm", "actor", "critic", "policy")})
+def _require_own_classes(settings: Mapping[str, Any], agent: Path, trust: bool) -> None:
+    """That the sections are there from which the installed rsl_rl makes a training, and name only what may be run."""
+    missing = [name for name in _sections() if not isinstance(settings.get(name), dict)]
+    missing += [
+        f"{name}.class_name"
+        for name in _sections()
+        if name not in missing and not isinstance(settings[name].get("class_name"), str)
+    ]
+    if missing:
+        raise GradscopeError(
+            str(agent),
+            f"has no {' and no '.join(missing)}, from which rsl_rl {_version()} makes the networks and the loss",
+            ANOTHER_VERSION,
+        )
+    sections = {name: settings[name] for name in _sections()}
+    if unknown := unknown_names(sections):
+        raise GradscopeError(
+            str(agent), f"names what rsl_rl {_version()} does not have ({_listed(unknown)})", ANOTHER_VERSION
+        )
+    foreign = foreign_names(sections)
     if foreign and not trust:
         raise GradscopeError(
             str(agent),
-            f"names code outside rsl_rl ({', '.join(foreign[:_SHOWN])}{', …' if len(foreign) > _SHOWN else ''}), "
-            "which rsl_rl would import and run to make the networks and the loss",
+            f"names code outside rsl_rl ({_listed(foreign)}), which rsl_rl would import and run to make the networks "
+            "and the loss",
             "if the file and that code are yours: --trust",
         )
+    if foreign and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _sections() -> tuple[str, ...]:
+    """What ``agent.yaml`` says of the networks and the loss; up to 3.x one policy held both networks."""
+    return ("algorithm", "actor", "critic") if _makes_itself() else ("algorithm", "policy")
+
+
+def _makes_itself() -> bool:
+    """Whether the algorithm has a constructor of its own, from 4.0 on; the runner made it before."""
+    from rsl_rl.algorithms import PPO
+
+    return hasattr(PPO, "construct_algorithm")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _placed(column: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
@@ -244,22 +297,11 @@ def _placed(column: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
 
 
 def _algorithm(
-    settings: dict[str, Any], agent: Path, columns: Mapping[str, Tensor], checkpoint: Path, device: str
+    settings: dict[str, Any], agent: Path, columns: Mapping[str, Tensor], device: str
 ) -> tuple[Any, tuple[str, ...]]:
     """The algorithm as rsl_rl makes it at the start of a training, and what was left out."""
-    from rsl_rl.algorithms import PPO
     from tensordict import TensorDict
 
-    apart = hasattr(PPO, "construct_algorithm")
-    sections = ("algorithm", "actor", "critic") if apart else ("algorithm", "policy")
-    missing = [name for name in sections if not isinstance(settings.get(name), dict)]
-    missing += [f"{name}.class_name" for name in sections if name not in missing and "class_name" not in settings[name]]
-    if missing:
-        raise GradscopeError(
-            str(agent),
-            f"names no {' and no '.join(missing)}, from which rsl_rl {_version()} makes the networks and the loss",
-            "the file may be of another version: 4.0 parted policy into actor and critic; install the run's own",
-        )
     configuration, notes = _for_one_minibatch(settings, agent)
     observations = TensorDict(
         {name.removeprefix(OBSERVATIONS): c[:1] for name, c in columns.items() if name.startswith(OBSERVATIONS)},
@@ -273,19 +315,28 @@ def _algorithm(
         cfg={},
         get_observations=lambda: observations,
     )
-    with _quietly(), foreign_code(f"rsl_rl {_version()} with {agent}"):
-        if apart:
-            from rsl_rl.utils import resolve_callable
-
-            maker: Any = resolve_callable(configuration["algorithm"]["class_name"])
-            algorithm = maker.construct_algorithm(observations, environment, configuration, device)
-        else:
-            from rsl_rl.runners import OnPolicyRunner
-
-            algorithm = OnPolicyRunner(environment, configuration, None, device).alg
+    try:
+        with _quietly(), their_code(f"rsl_rl {_version()} with {agent}"):
+            algorithm = _made(observations, environment, configuration, device)
+    except GradscopeError as error:
+        raise GradscopeError(error.what, error.why, ANOTHER_VERSION) from error.__cause__
+    minibatches = algorithm.num_mini_batches
+    if not isinstance(minibatches, int) or minibatches < 1:
+        raise GradscopeError(str(agent), f"its num_mini_batches is {minibatches!r}, which is no number of minibatches")
     if any(model.is_recurrent for model in _parts(algorithm).values()):
         raise GradscopeError(str(agent), RECURRENT, "gradscope record takes the gradients from the training itself")
     return algorithm, notes
+
+
+def _made(observations: Any, environment: Any, configuration: dict[str, Any], device: str) -> Any:
+    if not _makes_itself():
+        from rsl_rl.runners import OnPolicyRunner
+
+        return OnPolicyRunner(environment, configuration, None, device).alg
+    from rsl_rl.utils import resolve_callable
+
+    maker: Any = resolve_callable(configuration["algorithm"]["class_name"])
+    return maker.construct_algorithm(observations, environment, configuration, device)
 
 
 def _for_one_minibatch(settings: Mapping[str, Any], agent: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -339,7 +390,7 @@ def _load_weights(parts: Mapping[str, nn.Module], checkpoint: Path, agent: Path,
             raise GradscopeError(
                 str(checkpoint),
                 f"holds {layout}, and rsl_rl {_version()} is installed, which makes them otherwise",
-                "install the version that trained it",
+                ANOTHER_VERSION,
             )
         prefix = f"{part}." if part else ""
         weights = dict(_tensors(stored, checkpoint))
@@ -361,9 +412,7 @@ def _require_names(made: Iterable[str], stored: Iterable[str], prefix: str, chec
     lacking, beside = sorted(set(made) - set(stored)), sorted(set(stored) - set(made))
     if not lacking and not beside:
         return
-    names = lacking or beside
-    shown = ", ".join(prefix + name for name in names[:_SHOWN])
-    shown += f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = _listed([prefix + name for name in lacking or beside])
     raise GradscopeError(
         str(checkpoint),
         f"{'lacks' if lacking else 'has'} {shown}, which the model that rsl_rl {_version()} makes from {agent} "
