@@ -107,8 +107,8 @@ def _misfit(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], pa
         key=lambda amiss: len(amiss[0] + amiss[1]),
     )
     missing, unknown = closest
-    said = [f"{len(missing):,} of the model's tensors are missing in it: {_listed(missing)}"] if missing else []
-    said += [f"{len(unknown):,} of its tensors are unknown to the model: {_listed(unknown)}"] if unknown else []
+    said = [f"of the model's tensors it lacks {len(missing):,}: {_listed(missing)}"] if missing else []
+    said += [f"of its tensors the model lacks {len(unknown):,}: {_listed(unknown)}"] if unknown else []
     return GradscopeError(path, f"does not fit the model: {'; '.join(said)}")
 
 

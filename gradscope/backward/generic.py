@@ -117,9 +117,7 @@ class GenericEngine:
             raise GradscopeError(self.loss_name, "changed the model's weights", "it must not step an optimizer")
 
     def _differentiate(self, minibatch: dict[str, Tensor], rows: int) -> None:
-        with their_code(self.loss_name):
-            returned = self.loss(self.model, minibatch)
-        loss = self._scalar(returned, rows)
+        loss = self._scalar(self._returned(minibatch), rows)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise GradscopeError(self.loss_name, f"returned {value}")
@@ -127,6 +125,16 @@ class GenericEngine:
             torch.autograd.backward(loss)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise GradscopeError(self.loss_name, "no gradient of its loss reaches any parameter", DEPEND)
+
+    def _returned(self, minibatch: dict[str, Tensor]) -> object:
+        try:
+            with their_code(self.loss_name):
+                return self.loss(self.model, minibatch)
+        except GradscopeError as error:
+            key = error.__cause__.args[0] if isinstance(error.__cause__, KeyError) and error.__cause__.args else None
+            if isinstance(key, str) and key not in self.columns:
+                error.hint = f"the batch has {_listed(list(self.columns))}"
+            raise
 
     def _scalar(self, returned: object, rows: int) -> Tensor:
         if not isinstance(returned, Tensor):

@@ -15,6 +15,8 @@ from typing import Any
 from gradscope.backward.library_training import foreign_code
 from gradscope.errors import GradscopeError
 
+EXAMPLE = "for example train:make_model"
+LOOKED_FOR = "it is looked for in the working directory, then where Python looks"
 _NAME = re.compile(r"(\w+(?:\.\w+)*):(\w+(?:\.\w+)*)")
 
 
@@ -27,12 +29,12 @@ def imported(name: str, option: str) -> Any:
     what = f"{option} {name}"
     match = _NAME.fullmatch(name)
     if match is None:
-        raise GradscopeError(what, "is not of the form MODULE:NAME", _corrected(name))
+        raise GradscopeError(what, "is not of the form MODULE:NAME", _corrected(name) or EXAMPLE)
     module_name, attribute = match.groups()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with their_code(what):
-        module = _module(module_name, what)
+        module = _module(module_name, what, _corrected(name))
     found = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -56,15 +58,15 @@ def their_code(what: str) -> Iterator[None]:
         raise GradscopeError(what, f"ended the program (sys.exit({error.code!r}))") from error
 
 
-def _module(name: str, what: str) -> Any:
+def _module(name: str, what: str, correction: str | None) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # One that the module itself wants is its own affair.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
-        hint = _nearest(name, _modules_here()) or "it is looked for in the working directory, then as Python does"
-        raise GradscopeError(what, f"there is no module {error.name}", hint) from error
+        hint = correction or _nearest(name, _modules_here())
+        raise GradscopeError(what, f"there is no module {error.name}", hint or LOOKED_FOR) from error
 
 
 def _modules_here() -> list[str]:
@@ -77,8 +79,10 @@ def _nearest(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {close[0]}?" if close else None
 
 
-def _corrected(name: str) -> str:
+def _corrected(name: str) -> str | None:
+    """A hint for whoever wrote the path of a file."""
     path = re.fullmatch(r"(.+)\.py:(\w+)", name)
-    if path is not None:
-        return f"a module's name, not its file: {path[1].strip('./').replace('/', '.')}:{path[2]}"
-    return "for example train:make_model"
+    if path is None:
+        return None
+    module = re.sub(r"[/\\]+", ".", re.sub(r"^(\./)+", "", path[1]))
+    return f"a module is named without its suffix: {module}:{path[2]}"
