@@ -439,6 +439,26 @@ def test_a_checkpoint_that_sb3_cannot_load_ends_in_its_own_words(tmp_path: Path)
         open_batch(open_source(str(broken)), BatchOptions(batch=run("PPO")[1], trust=True))
 
 
+def test_a_custom_policy_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policy_of_mine.py").write_text(
+        "from stable_baselines3.ppo import MlpPolicy\n\n\nclass MyPolicy(MlpPolicy):\n    pass\n"
+    )
+    with monkeypatch.context() as training:
+        training.syspath_prepend(tmp_path)
+        policy = importlib.import_module("policy_of_mine").MyPolicy
+        model = PPO(policy, "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu")
+        model.learn(8, callback=SaveRollout(tmp_path / "batch.safetensors"))
+        model.save(tmp_path / "mine.zip")
+    monkeypatch.delitem(sys.modules, "policy_of_mine")
+    options = BatchOptions(batch=tmp_path / "batch.safetensors", trust=True)
+    with pytest.raises(GradscopeError, match="raised ModuleNotFoundError: No module named 'policy_of_mine'"):
+        open_batch(open_source(str(tmp_path / "mine.zip")), options)
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert open_batch(open_source(str(tmp_path / "mine.zip")), options).info.steps == 1
+    assert sys.path == before
+
+
 # --- the command line, on the sample ---------------------------------------------------------------------------------
 
 
