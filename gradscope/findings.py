@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from gradscope import results
@@ -123,48 +123,52 @@ def _dominance(shares: Sequence[tuple[str, float]]) -> list[str]:
     return [f"{name} dominates: {percent(share)} of the squared norm; all the rest has {percent(1 - share)}."]
 
 
-def _exceeded(inspection: results.Inspection) -> list[str]:
-    """The thresholds that the checkpoint names and some step is above, as words."""
-    largest = (
-        max((group.l2_norm.max for group in inspection.gradients.groups), default=0.0) if inspection.gradients else 0
-    )
-    named = dict.fromkeys(optimizer.max_norm for optimizer in inspection.optimizers)
-    return [f"max_norm {setting(limit)}" for limit in named if limit is not None and limit < largest]
+def _exceeded(inspection: results.Inspection) -> dict[str, list[str]]:
+    """For each clip group the max_norm that the checkpoint names for it, in words, where some step is above it."""
+    if inspection.gradients is None:
+        return {}
+    limits = {group.name: group.max_norm for optimizer in inspection.optimizers for group in optimizer.groups}
+    named = {optimizer.max_norm for optimizer in inspection.optimizers}
+    alone = named.pop() if len(named) == 1 else None
+    exceeded = {}
+    for group in inspection.gradients.groups:
+        limit = limits.get(group.name, alone)
+        exceeded[group.name] = [f"max_norm {setting(limit)}"] if limit is not None and limit < group.l2_norm.max else []
+    return exceeded
 
 
-def _minibatch_noise(batch: results.MinibatchNoise | None, clipping: Sequence[str]) -> Iterable[str]:
-    """How much of a minibatch's gradient is noise, and so of what is cut by the policies that are ``clipping``."""
-    if batch is None or batch.noise_scale.noise is None or batch.noise_scale.noise <= 0.0:
+def _minibatch_noise(batch: results.MinibatchNoise | None, cutting: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    """How much of a minibatch's gradient is noise, and so of what is cut; ``cutting`` names for each group by what."""
+    if batch is None:
         return
-    scale, size = batch.noise_scale, batch.minibatch_size
-    cut = (
-        f"what {names(list(clipping))} {'cuts' if len(clipping) == 1 else 'cut'} is" if clipping else "its gradient is"
-    )
+    if not 1 < len(batch.groups) <= MOST_GROUPS_SAID:
+        everything = tuple(dict.fromkeys(policy for policies in cutting.values() for policy in policies))
+        yield from _noise(batch, batch.noise_scale, everything)
+        return
+    for group in batch.groups:
+        for said in _noise(batch, group.noise_scale, cutting.get(group.name, ())):
+            yield f"{_group_name(group.name)}: {said[0].lower()}{said[1:]}"
+
+
+def _noise(batch: results.MinibatchNoise, scale: results.NoiseScale, cutting: Sequence[str]) -> Iterable[str]:
+    if scale.noise is None or scale.noise <= 0.0:
+        return
+    size = batch.minibatch_size
+    what = f"what {names(list(cutting))} {'cut' if len(cutting) > 1 else 'cuts'}" if cutting else "its gradient"
+    has = f"and a minibatch has {count(size)}"
     if scale.ci95 is None and scale.at_least is not None:
-        least = scale.at_least
-        bound = (
-            f"the noise scale is at least {number(least)} samples and a minibatch has {count(size)}; " if least else ""
+        # No interval, but one that has no upper end.
+        bound = f"the noise scale is at least {number(scale.at_least)} samples {has}"
+        verdict = f"{bound}: {what} is mostly noise" if scale.at_least >= MOSTLY * size else f"{bound}"
+        yield f"{count(batch.minibatches)} minibatches do not tell the true gradient apart from zero; {verdict}."
+    elif scale.estimate is not None:
+        interval = f" [{number(scale.ci95[0])}–{number(scale.ci95[1])}]" if scale.ci95 else ""
+        few = "" if scale.ci95 else " (too few minibatches for an interval)"
+        low, high = scale.ci95 or (scale.estimate, scale.estimate)
+        kind = (
+            "mostly noise" if low >= MOSTLY * size else "mostly signal" if high * MOSTLY <= size else "signal and noise"
         )
-        said = f"{cut} mostly noise" if least >= MOSTLY * size else "how much is noise cannot be told"
-        yield f"{count(batch.minibatches)} minibatches do not tell the true gradient apart from zero: {bound}{said}."
-        return
-    if scale.estimate is None:
-        return
-    interval = f" [{number(scale.ci95[0])}–{number(scale.ci95[1])}]" if scale.ci95 else ""
-    low, high = scale.ci95 or (scale.estimate, scale.estimate)
-    # That a minibatch has so many samples, not how many it happens to have met, decides.
-    said = (
-        "mostly noise"
-        if low >= MOSTLY * size
-        else "mostly signal"
-        if high * MOSTLY <= size
-        else "both signal and noise"
-    )
-    few = "" if scale.ci95 else " (too few minibatches for an interval)"
-    yield (
-        f"The noise scale is {number(scale.estimate)}{interval} samples{few} and a minibatch has {count(size)}: "
-        f"{cut} {said}."
-    )
+        yield f"The noise scale is {number(scale.estimate)}{interval} samples{few} {has}: {what} is {kind}."
 
 
 def _dead(gradients: results.GradientSummary) -> list[str]:
@@ -335,7 +339,7 @@ def simulation_findings(simulation: results.Simulation) -> tuple[str, ...]:
         found += _clipping(simulation, result)
     found += _directions(simulation.results)
     found += _updates(simulation.results)
-    found += _minibatch_noise(simulation.batch, _clipping_policies(simulation.results))
+    found += _minibatch_noise(simulation.batch, _cutting(simulation.results))
     over_both = [result for result in simulation.results if result.roles]
     return (*dict.fromkeys(found), *(_role_dominance(simulation, over_both[0]) if over_both else ()))
 
@@ -407,11 +411,18 @@ def _updates(policies: Sequence[results.PolicyResult]) -> Iterable[str]:
         most = "" if change.min == change.max else f" in the median, up to {angle(change.max)}"
         turned.append(f"{name} by {angle(change.p50)}{most}")
     if turned:
-        yield f"Adam's next update, whose moments keep their size, is turned: {'; '.join(turned)}."
+        yield f"Adam's next update turns, since its moments keep their size: {'; '.join(turned)}."
 
 
-def _clipping_policies(policies: Sequence[results.PolicyResult]) -> list[str]:
-    return [policy_words(result.policy) for result in policies if result.clipped_steps and not is_skip(result)]
+def _cutting(policies: Sequence[results.PolicyResult]) -> dict[str, list[str]]:
+    """For each clip group the policies that shorten its gradient at some step."""
+    cutting: dict[str, list[str]] = {}
+    for result in policies:
+        for group in result.groups:
+            cutting.setdefault(group.name, []).extend(
+                [policy_words(result.policy)] * (group.clip_rate > 0.0 and not is_skip(result))
+            )
+    return cutting
 
 
 def _role_dominance(simulation: results.Simulation, result: results.PolicyResult) -> Iterable[str]:

@@ -52,17 +52,18 @@ def gradient_fields(
     if several_steps and any(row.steps not in (None, all_steps) for row in rows):
         fields.append(Field(Column(steps, spare=1), lambda row: known(row.steps, count)))
     updated = [UPDATE] if any(row.update_ratio is not None for row in rows) else []
+    noise = _noise_fields(rows)
     if several_steps:
         fields += [
             _spread_field("median norm", "p50"),
             _spread_field("p95", "p95", spare=2),
-            _spread_field("max", "max", spare=2 if updated else 0),
+            _spread_field("max", "max", spare=2 if updated or noise else 0),
             _spread_field("p99", "p99", spare=8),
             _spread_field("min", "min", spare=7),
         ]
     else:
         fields.append(norm_field("norm"))
-    return [*fields, SHARE, *updated, *_noise_fields(rows), *_tensor_fields(rows), ELEMENTS]
+    return [*fields, SHARE, *updated, *noise, *_tensor_fields(rows), ELEMENTS]
 
 
 def series_fields(rows: Sequence[NormRow]) -> list[Field]:
@@ -162,7 +163,7 @@ NOISE_SCALE = Field(
     _noise_scale,
 )
 COSINE = Field(
-    Column("cosine", spare=3, note="cosine: mean between two minibatches' gradients"),
+    Column("cosine", spare=1, note="cosine: mean between two minibatches' gradients"),
     lambda row: known(row.mean_cosine, lambda cosine: f"{cosine:.2f}"),
 )
 SHARE = Field(Column("share"), lambda row: known(row.share, percent))
