@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from gradscope.backward.captured import CapturedBatch
 from gradscope.backward.engine import Engine
+from gradscope.backward.imported import their_code
 from gradscope.backward.library_training import (
     TrainingNotes,
-    foreign_code,
     minibatch_seed,
     seeded,
     withheld_training,
@@ -188,7 +188,7 @@ class SB3Engine:
         with (
             seeded(minibatch_seed(self._seed, rows)),
             withheld_training([model.policy], self._optimizers.values(), self._variables.values()) as notes,
-            foreign_code(f"{self._label}.train"),
+            their_code(f"{self._label}.train"),
             np.errstate(all="ignore"),
         ):
             if self._algorithm.kind == "rollout":
@@ -302,7 +302,7 @@ def _load(class_: Any, path: Path, options: BatchOptions) -> tuple[tuple[str, ..
     device, dtype = device_of(options), dtype_of(options)
     with (
         seeded(0),
-        foreign_code(f"{class_.__name__}.load({str(path)!r})"),
+        their_code(f"{class_.__name__}.load({str(path)!r})"),
         warnings.catch_warnings(record=True) as caught,
         _working_directory_importable(),
     ):
