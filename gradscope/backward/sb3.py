@@ -75,12 +75,11 @@ _SMALL_BUFFERS: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """Where an algorithm is to be imported from and what it learns from; ``delayed`` if its actor waits its turn."""
+    """Where an algorithm is to be imported from and what it learns from: a rollout or a replay."""
 
     package: str
     name: str
     kind: str
-    delayed: bool = False
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -91,9 +90,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "QR-DQN": Algorithm("sb3_contrib", "QRDQN", "replay"),
     "SAC": Algorithm("stable_baselines3", "SAC", "replay"),
     "TQC": Algorithm("sb3_contrib", "TQC", "replay"),
-    "TD3": Algorithm("stable_baselines3", "TD3", "replay", delayed=True),
-    "DDPG": Algorithm("stable_baselines3", "DDPG", "replay", delayed=True),
-    "CrossQ": Algorithm("sb3_contrib", "CrossQ", "replay", delayed=True),
+    "TD3": Algorithm("stable_baselines3", "TD3", "replay"),
+    "DDPG": Algorithm("stable_baselines3", "DDPG", "replay"),
+    "CrossQ": Algorithm("sb3_contrib", "CrossQ", "replay"),
 }
 
 
@@ -139,6 +138,7 @@ class SB3Engine:
         size = None if label == "A2C" else getattr(model, "batch_size", None)
         self.minibatch_size = min(options.minibatch_size or size or batch.rows, batch.rows)
         self._updates = int(getattr(model, "_n_updates", 0))
+        self._number: dict[bytes, int] = {}
         self._prepare()
         trained = {id(p) for optimizer in self._optimizers.values() for p in _trained(optimizer)}
         self._variables = _variables_of(model)
@@ -151,10 +151,15 @@ class SB3Engine:
         self.groups = self._groups(self._train(np.arange(min(8, batch.rows), dtype=np.int64)))
 
     def shuffled(self, epochs: int) -> list[NDArray[np.int64]]:
-        """The order of ``RolloutBuffer.get``; a replay buffer's rows were drawn at random and stay as they are."""
+        """The order of ``RolloutBuffer.get``; a replay's rows were drawn at random and are shuffled in later epochs."""
         if self._algorithm.kind == "rollout":
             return [np.random.permutation(self.rows).astype(np.int64) for _ in range(epochs)]
-        return [np.arange(self.rows, dtype=np.int64) for _ in range(epochs)]
+        orders = [np.arange(self.rows, dtype=np.int64)]
+        orders += [np.random.permutation(self.rows).astype(np.int64) for _ in range(epochs - 1)]
+        starts = range(0, self.rows, self.minibatch_size)
+        minibatches = [order[start : start + self.minibatch_size] for order in orders for start in starts]
+        self._number = {rows.tobytes(): number for number, rows in enumerate(minibatches)}
+        return orders
 
     def backward(self, rows: NDArray[np.int64]) -> None:
         """The gradients that ``train()`` hands to its optimizers on a minibatch of these rows.
@@ -183,8 +188,8 @@ class SB3Engine:
     def _train(self, rows: NDArray[np.int64]) -> TrainingNotes:
         model, buffer = self._model, _StandIn(self._columns, rows)
         model.logger.name_to_value.clear()
-        # Off-policy minibatches come in order: the number of this one decides whether a delayed actor has its turn.
-        model._n_updates = self._updates + int(rows[0]) // self.minibatch_size
+        # An actor that is trained in every other update has its turn by the number of this one.
+        model._n_updates = self._updates + self._number.get(rows.tobytes(), 0)
         with (
             seeded(minibatch_seed(self._seed, rows)),
             withheld_training([model.policy], self._optimizers.values(), self._variables.values()) as notes,
