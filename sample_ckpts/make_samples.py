@@ -31,6 +31,7 @@ from stable_baselines3 import A2C, PPO, __version__
 from tensordict import TensorDict
 
 from gradscope import Recorder
+from gradscope.integrations import rsl_rl as rsl_rl_integration
 from gradscope.integrations.sb3 import save_rollout
 
 HERE = Path(__file__).parent
@@ -273,7 +274,10 @@ class CartPole(VecEnv):
 
 
 def write_rsl_rl_run(folder: Path) -> None:
-    """A run folder as Isaac Lab's ``train.py`` leaves it, without TensorBoard's events and the git state."""
+    """A run folder as Isaac Lab's ``train.py`` leaves it, without TensorBoard's events and the git state.
+
+    With it the last rollout, from which the updates before ``model_149.pt`` learned.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "params").mkdir(parents=True)
     # Dumped before training, as Isaac Lab does: the runner changes the dictionary it is given.
@@ -284,6 +288,7 @@ def write_rsl_rl_run(folder: Path) -> None:
         runner.learn(AGENT["max_iterations"], init_at_random_ep_len=True)
         for checkpoint in Path(log_dir).glob("model_*.pt"):
             shutil.copyfile(checkpoint, folder / checkpoint.name)
+    rsl_rl_integration.save_rollout(runner, folder / "rollout.safetensors")
 
 
 if __name__ == "__main__":

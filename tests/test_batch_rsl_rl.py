@@ -375,7 +375,7 @@ def test_a_gradient_that_clipping_makes_zero_is_told(tmp_path: Path) -> None:
     # The critic has come closer to what it should say, by more than clip_param.
     with_columns(run, values=held["values"] + 10, returns=held["values"] - 10)
     source = run.opened()
-    assert any("gradient of the critic is zero" in note for note in source.notes)
+    assert any("The critic has no gradient" in note for note in source.notes)
     assert all(not gradient["critic.mlp.0.weight"].any() for gradient in gradients_of_batch(source))
 
 
@@ -393,6 +393,30 @@ def test_a_batch_without_a_column_is_named(tmp_path: Path) -> None:
     with_columns(run, returns=None, values=None)
     with pytest.raises(GradscopeError, match="is no rollout of rsl_rl's: it has no values, returns"):
         run.opened()
+
+
+def test_a_column_of_another_shape_is_named(tmp_path: Path) -> None:
+    run = altered(tmp_path)
+    with_columns(run, values=np.zeros((128, 3), np.float32))
+    with pytest.raises(GradscopeError, match=r"its column 'values' is \[128, 3\], where rsl_rl has \[rows, 1\]"):
+        run.opened()
+
+
+def test_a_rollout_with_mu_and_sigma_of_older_versions_serves(tmp_path: Path) -> None:
+    run = altered(tmp_path)
+    held = load_file(run.batch)
+    older = {"mu": held["distribution_params.0"], "sigma": held["distribution_params.1"]}
+    with_columns(run, **older, distribution_params__0=None, distribution_params__1=None)
+    difference = worst_difference(gradients_of_batch(run.opened()), gradients_of_batch(trained("plain").opened()))
+    assert difference == 0.0
+
+
+def test_rsl_rl_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained("plain")
+    monkeypatch.setitem(sys.modules, "rsl_rl.algorithms", None)
+    with pytest.raises(GradscopeError, match="rsl_rl: is needed") as caught:
+        run.opened()
+    assert caught.value.hint == "pip install rsl-rl-lib"
 
 
 def test_observations_of_another_size_are_named(tmp_path: Path) -> None:

@@ -1,22 +1,11 @@
-"""rsl_rl's PPO on a captured rollout: its networks, its ``update()``, its clip groups.
-
-Actor, critic and algorithm are made by rsl_rl's own classes from ``params/agent.yaml``; the weights come from the
-checkpoint by gradscope's reader, so nothing is unpickled.  From 3.0 on, whichever version is installed.
-"""
+"""rsl_rl's PPO on a captured rollout: its own ``update()``, minibatch by minibatch, and its clip groups."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 import math
-import os
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gradscope.backward.agent_settings import foreign_names, read_settings, unknown_names
+from gradscope.backward.agent_settings import read_settings
 from gradscope.backward.captured import CapturedBatch
 from gradscope.backward.imported import their_code
 from gradscope.backward.library_training import (
@@ -35,24 +24,22 @@ from gradscope.backward.library_training import (
 )
 from gradscope.backward.options import BatchOptions
 from gradscope.backward.placement import device_of, dtype_of
-from gradscope.backward.stored_elements import as_torch, elements_of
+from gradscope.backward.rsl_rl_training import (
+    OBSERVATIONS,
+    algorithm_of,
+    load_weights,
+    networks_of,
+    require_own_classes,
+)
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
-from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of
-from gradscope.sources.formats.contents import read_contents
-from gradscope.sources.formats.tree import UnreadableTensor, named_leaves
+from gradscope.sources.checkpoints.scalars import max_norm_of
 from gradscope.tensors import ClipGroup
 
-OBSERVATIONS = "observations."
 PARAMS = "distribution_params."
 # What rsl_rl's generator of minibatches hands out beside observations and the distribution's parameters.
 COLUMNS = ("actions", "values", "returns", "advantages", "actions_log_prob")
 CAPTURE = "capture one with gradscope.integrations.rsl_rl.save_rollout(runner, path) after runner.learn()"
-RECURRENT = "the policy is recurrent: its rollouts are cut into trajectories, and no row stands for itself"
-ANOTHER_VERSION = (
-    "where the run's rsl_rl was of another version, install that one (4.0 parted policy into actor and critic)"
-)
-_SHOWN = 3
 
 
 def open_rsl_rl(path: Path, source: GradientSource, batch: CapturedBatch, options: BatchOptions) -> RslRlEngine:
@@ -68,17 +55,17 @@ def open_rsl_rl(path: Path, source: GradientSource, batch: CapturedBatch, option
     if not source.info.format.endswith("PPO"):
         raise GradscopeError(
             str(checkpoint),
-            f"is of {source.info.format}, and only PPO's gradients are computed",
+            f"is of {source.info.format}, and of rsl_rl's algorithms only PPO's gradients are computed",
             "give --model and --loss",
         )
     agent = checkpoint.parent / "params" / "agent.yaml"
     settings = read_settings(agent)
-    _require_own_classes(settings, agent, options.trust)
+    require_own_classes(settings, agent, options.trust)
     device, dtype = str(device_of(options)), dtype_of(options)
     columns = {name: _placed(column, device, dtype) for name, column in batch.tensors().items()}
-    algorithm, notes = _algorithm(settings, agent, columns, device)
-    parts = _parts(algorithm)
-    _load_weights(parts, checkpoint, agent, columns)
+    algorithm, notes = algorithm_of(settings, agent, columns, device)
+    parts = networks_of(algorithm)
+    load_weights(parts, checkpoint, agent, columns)
     for part in parts.values():
         part.train()
         if dtype is not None:
@@ -177,9 +164,9 @@ class RslRlEngine:
         for name in (*COLUMNS, "dones", "rewards", "mu", "sigma"):
             if name in taken:
                 setattr(storage, name, taken[name].unsqueeze(0))
-        parameters = [taken[name].unsqueeze(0) for name in sorted(taken) if name.startswith(PARAMS)]
-        if parameters:
-            storage.distribution_params = tuple(parameters)
+        # mu and sigma up to 4.x; only the learning rate depends on them.
+        names = [name for name in sorted(taken) if name.startswith(PARAMS)] or ["mu", "sigma"]
+        storage.distribution_params = tuple(taken[name].unsqueeze(0) for name in names)
         return storage
 
     def _flat_losses(self) -> Iterator[str]:
@@ -188,8 +175,8 @@ class RslRlEngine:
             gradients = (self.parameters[name].grad for name in group.tensors)
             if not any(bool(gradient.any()) for gradient in gradients if gradient is not None):
                 yield (
-                    f"The gradient of the {group.name} is zero on the first rows: PPO's loss is flat where an output "
-                    f"has left clip_param ({self._algorithm.clip_param:g}), as it does in the updates after the rollout."
+                    f"The {group.name} has no gradient on the first rows: PPO's loss is flat where an output is more "
+                    f"than clip_param ({self._algorithm.clip_param:g}) from what it was in the rollout."
                 )
 
     def _clip_group(self, clip: ClipCall, number: int) -> ClipGroup:
@@ -211,15 +198,6 @@ def _require_rsl_rl() -> None:
         ) from None
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("rsl-rl-lib")
-    except PackageNotFoundError:
-        return "of unknown version"
-
-
 def _require_rollout(batch: CapturedBatch) -> None:
     said = batch.metadata
     if said.get("library", "rsl_rl") != "rsl_rl" or said.get("kind", "rollout") != "rollout":
@@ -232,218 +210,21 @@ def _require_rollout(batch: CapturedBatch) -> None:
     missing = [name for name in COLUMNS if name not in batch.columns]
     if not any(name.startswith(OBSERVATIONS) for name in batch.columns):
         missing.insert(0, f"{OBSERVATIONS}GROUP")
+    if not any(name.startswith(PARAMS) for name in batch.columns) and not {"mu", "sigma"} <= batch.columns.keys():
+        missing.append(f"{PARAMS}0")
     if missing:
         raise GradscopeError(batch.path, f"is no rollout of rsl_rl's: it has no {', '.join(missing)}", CAPTURE)
-    flat = [name for name in COLUMNS if batch.columns[name].ndim != 2]
-    if flat:
-        name = flat[0]
-        raise GradscopeError(
-            batch.path, f"its column {name!r} has shape {list(batch.columns[name].shape)} where rsl_rl has [rows, size]"
-        )
-
-
-def _require_own_classes(settings: Mapping[str, Any], agent: Path, trust: bool) -> None:
-    """That the sections are there from which the installed rsl_rl makes a training, and name only what may be run."""
-    missing = [name for name in _sections() if not isinstance(settings.get(name), dict)]
-    missing += [
-        f"{name}.class_name"
-        for name in _sections()
-        if name not in missing and not isinstance(settings[name].get("class_name"), str)
-    ]
-    if missing:
-        raise GradscopeError(
-            str(agent),
-            f"has no {' and no '.join(missing)}, from which rsl_rl {_version()} makes the networks and the loss",
-            ANOTHER_VERSION,
-        )
-    sections = {name: settings[name] for name in _sections()}
-    if unknown := unknown_names(sections):
-        raise GradscopeError(
-            str(agent), f"names what rsl_rl {_version()} does not have ({_listed(unknown)})", ANOTHER_VERSION
-        )
-    foreign = foreign_names(sections)
-    if foreign and not trust:
-        raise GradscopeError(
-            str(agent),
-            f"names code outside rsl_rl ({_listed(foreign)}), which rsl_rl would import and run to make the networks "
-            "and the loss",
-            "if the file and that code are yours: --trust",
-        )
-    if foreign and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-
-
-def _sections() -> tuple[str, ...]:
-    """What ``agent.yaml`` says of the networks and the loss; up to 3.x one policy held both networks."""
-    return ("algorithm", "actor", "critic") if _makes_itself() else ("algorithm", "policy")
-
-
-def _makes_itself() -> bool:
-    """Whether the algorithm has a constructor of its own, from 4.0 on; the runner made it before."""
-    from rsl_rl.algorithms import PPO
-
-    return hasattr(PPO, "construct_algorithm")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    shapes = {name: tuple(batch.columns[name].shape) for name in COLUMNS}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or (name != "actions" and shape[1] != 1):
+            expected = "[rows, actions]" if name == "actions" else "[rows, 1]"
+            raise GradscopeError(
+                batch.path, f"its column {name!r} is {list(shape)}, where rsl_rl has {expected}", CAPTURE
+            )
 
 
 def _placed(column: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
     return column.to(device, dtype if dtype is not None and column.is_floating_point() else None)
-
-
-# --- rsl_rl's own classes --------------------------------------------------------------------------------------------
-
-
-def _algorithm(
-    settings: dict[str, Any], agent: Path, columns: Mapping[str, Tensor], device: str
-) -> tuple[Any, tuple[str, ...]]:
-    """The algorithm as rsl_rl makes it at the start of a training, and what was left out."""
-    from tensordict import TensorDict
-
-    configuration, notes = _for_one_minibatch(settings, agent)
-    observations = TensorDict(
-        {name.removeprefix(OBSERVATIONS): c[:1] for name, c in columns.items() if name.startswith(OBSERVATIONS)},
-        batch_size=[1],
-    )
-    _require_observations(configuration["obs_groups"], observations, agent)
-    environment = SimpleNamespace(
-        num_envs=1,
-        num_actions=int(columns["actions"].shape[1]),
-        device=device,
-        cfg={},
-        get_observations=lambda: observations,
-    )
-    try:
-        with _quietly(), their_code(f"rsl_rl {_version()} with {agent}"):
-            algorithm = _made(observations, environment, configuration, device)
-    except GradscopeError as error:
-        raise GradscopeError(error.what, error.why, ANOTHER_VERSION) from error.__cause__
-    minibatches = algorithm.num_mini_batches
-    if not isinstance(minibatches, int) or minibatches < 1:
-        raise GradscopeError(str(agent), f"its num_mini_batches is {minibatches!r}, which is no number of minibatches")
-    if any(model.is_recurrent for model in _parts(algorithm).values()):
-        raise GradscopeError(str(agent), RECURRENT, "gradscope record takes the gradients from the training itself")
-    return algorithm, notes
-
-
-def _made(observations: Any, environment: Any, configuration: dict[str, Any], device: str) -> Any:
-    if not _makes_itself():
-        from rsl_rl.runners import OnPolicyRunner
-
-        return OnPolicyRunner(environment, configuration, None, device).alg
-    from rsl_rl.utils import resolve_callable
-
-    maker: Any = resolve_callable(configuration["algorithm"]["class_name"])
-    return maker.construct_algorithm(observations, environment, configuration, device)
-
-
-def _for_one_minibatch(settings: Mapping[str, Any], agent: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A copy of ``settings`` without what has no part in the gradient of actor and critic, and what that was."""
-    kept = copy.deepcopy(dict(settings))
-    notes: tuple[str, ...] = ()
-    algorithm = kept["algorithm"]
-    if algorithm.get("rnd_cfg"):
-        algorithm["rnd_cfg"] = None
-        notes += ("rsl_rl trains the curiosity network (rnd) with its own optimizer and no clip: it is left out.",)
-    symmetry = algorithm.get("symmetry_cfg")
-    if isinstance(symmetry, dict) and not (symmetry.get("use_data_augmentation") or symmetry.get("use_mirror_loss")):
-        algorithm["symmetry_cfg"] = None
-    if not isinstance(kept.setdefault("obs_groups", {}), dict):
-        raise GradscopeError(str(agent), "its obs_groups is no mapping of observation sets to groups")
-    # The compiled networks compute the same, and the storage of the training is not needed.
-    kept |= {"multi_gpu": None, "torch_compile_mode": None, "num_steps_per_env": 1, "logger": "tensorboard"}
-    return kept, notes
-
-
-def _require_observations(sets: Mapping[str, Any], observations: Any, agent: Path) -> None:
-    held = list(observations.keys())
-    for name in ("actor", "critic", "policy"):
-        groups = sets.get(name)
-        missing = [str(group) for group in groups if group not in held] if isinstance(groups, list) else []
-        if missing:
-            raise GradscopeError(
-                str(agent),
-                f"gives the {name} the observation group {missing[0]!r}, and the batch holds {', '.join(held)}",
-            )
-
-
-def _parts(algorithm: Any) -> dict[str, Any]:
-    """Actor and critic; up to 3.x the policy that holds both, whose own names already tell them apart."""
-    if hasattr(algorithm, "policy"):
-        return {"": algorithm.policy}
-    return {"actor": algorithm.actor, "critic": algorithm.critic}
-
-
-# --- the checkpoint's weights ----------------------------------------------------------------------------------------
-
-
-def _load_weights(parts: Mapping[str, nn.Module], checkpoint: Path, agent: Path, columns: Mapping[str, Tensor]) -> None:
-    content = mapping_of(read_contents(checkpoint).tree) or {}
-    for part, model in parts.items():
-        stored = content.get(f"{part or 'model'}_state_dict")
-        if stored is None:
-            layout = (
-                "one policy (rsl_rl up to 3.x)" if "model_state_dict" in content else "actor and critic apart (4.0 on)"
-            )
-            raise GradscopeError(
-                str(checkpoint),
-                f"holds {layout}, and rsl_rl {_version()} is installed, which makes them otherwise",
-                ANOTHER_VERSION,
-            )
-        prefix = f"{part}." if part else ""
-        weights = dict(_tensors(stored, checkpoint))
-        made = model.state_dict()
-        _require_names(made, weights, prefix, checkpoint, agent)
-        _require_shapes(made, weights, prefix, checkpoint, agent, columns)
-        model.load_state_dict(weights)
-
-
-def _tensors(stored: Any, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    for name, leaf in named_leaves(stored, str(checkpoint)):
-        if isinstance(leaf, UnreadableTensor):
-            raise GradscopeError(str(checkpoint), f"its tensor {name} cannot be read ({leaf.reason})")
-        if leaf is not None:
-            yield name, as_torch(elements_of(leaf, str(checkpoint)))
-
-
-def _require_names(made: Iterable[str], stored: Iterable[str], prefix: str, checkpoint: Path, agent: Path) -> None:
-    lacking, beside = sorted(set(made) - set(stored)), sorted(set(stored) - set(made))
-    if not lacking and not beside:
-        return
-    shown = _listed([prefix + name for name in lacking or beside])
-    raise GradscopeError(
-        str(checkpoint),
-        f"{'lacks' if lacking else 'has'} {shown}, which the model that rsl_rl {_version()} makes from {agent} "
-        f"{'has' if lacking else 'lacks'}",
-    )
-
-
-def _require_shapes(
-    made: Mapping[str, Tensor],
-    stored: Mapping[str, Tensor],
-    prefix: str,
-    checkpoint: Path,
-    agent: Path,
-    columns: Mapping[str, Tensor],
-) -> None:
-    name = next((name for name in made if made[name].shape != stored[name].shape), None)
-    if name is None:
-        return
-    sizes = [
-        f"{column.removeprefix(OBSERVATIONS)} {list(tensor.shape[1:])}"
-        for column, tensor in columns.items()
-        if column.startswith(OBSERVATIONS) or column == "actions"
-    ]
-    raise GradscopeError(
-        str(checkpoint),
-        f"its {prefix}{name} is {list(stored[name].shape)}, and {agent} makes it {list(made[name].shape)} with the "
-        f"sizes in the batch ({', '.join(sizes)})",
-    )
-
-
-# --- running update() without a trace --------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -466,11 +247,3 @@ def _same_buffers(parts: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """rsl_rl prints the networks that it makes, and warns of settings that it completes."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

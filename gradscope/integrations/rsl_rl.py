@@ -40,7 +40,7 @@ def save_rollout(runner: Any, path: str | os.PathLike[str]) -> None:
     """Save the rollout of the last iteration of ``runner.learn()`` as a batch for ``--batch``, in safetensors.
 
     Columns are [steps × environments, size] in the order of rsl_rl's own generator of minibatches, of the storage's own
-    dtypes: ``observations.GROUP``, ``actions``, ``values``, ``returns``, ``advantages`` (normalised as the training
+    dtypes (bfloat16 as float32): ``observations.GROUP``, ``actions``, ``values``, ``returns``, ``advantages`` (normalised as the training
     normalised them), ``actions_log_prob``, the parameters of the actions' distribution, ``rewards`` and ``dones``.
 
     Raises:
@@ -50,10 +50,9 @@ def save_rollout(runner: Any, path: str | os.PathLike[str]) -> None:
     algorithm = runner.alg
     storage: Any = getattr(algorithm, "storage", None)
     _require_rollout(algorithm, storage, str(path))
-    columns = {name: tensor.flatten(0, 1).detach().cpu() for name, tensor in _columns(storage)}
     write_batch(
         path,
-        {name: (tensor.float() if tensor.element_size() == 2 else tensor).numpy() for name, tensor in columns.items()},
+        {name: _array(tensor.flatten(0, 1)) for name, tensor in _columns(storage)},
         {
             "kind": "rollout",
             "library": "rsl_rl",
@@ -95,6 +94,11 @@ def _columns(storage: Any) -> Iterator[tuple[str, Any]]:
             yield name, getattr(storage, name)
     for number, tensor in enumerate(getattr(storage, "distribution_params", ())):
         yield f"distribution_params.{number}", tensor
+
+
+def _array(tensor: Any) -> Any:
+    """``tensor`` for numpy, which has no bfloat16."""
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).detach().cpu().numpy()
 
 
 def _version() -> str:
