@@ -149,7 +149,10 @@ class _Series:
     sums: FloatArray
 
     def of(self, sets: Partition, by_layer: bool = False) -> list[tuple[results.NoiseScale, float | None]]:
-        """Noise scale and mean cosine of each set of tensors, over the minibatches at which it had a gradient."""
+        """Noise scale and mean cosine of each set of tensors, over the minibatches at which it had a gradient.
+
+        Where a part of it had none, as TD3's actor at every other step, that part counts as zero.
+        """
         energies, sums = sets.total(self.energies), sets.total(self.sums.T)
         there = sets.any(self.present)
         products = None if self.products is None else sets.total(self.products)
@@ -208,9 +211,9 @@ def _signal_and_noise(
 def fieller(above: float, below: float, covariance: FloatArray, quantile: float) -> tuple[float, float]:
     """All ratios ρ ≥ 0 with (above − ρ·below)² ≤ quantile²·Var(above − ρ·below); infinite where nothing ends them."""
     squared = quantile**2
-    a = below**2 - squared * covariance[1, 1]
-    b = above * below - squared * covariance[0, 1]
-    c = above**2 - squared * covariance[0, 0]
+    a = below**2 - squared * float(covariance[1, 1])
+    b = above * below - squared * float(covariance[0, 1])
+    c = above**2 - squared * float(covariance[0, 0])
     root = math.sqrt(max(0.0, b * b - a * c))
     if a > 0.0:
         return max(0.0, (b - root) / a), max(0.0, (b + root) / a)

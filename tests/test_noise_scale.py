@@ -19,7 +19,11 @@ from gradscope.inspection import inspect
 from gradscope.noise_scale import fieller, noise_scale, student_quantile
 from gradscope.results import MinibatchNoise, NoiseScale
 from gradscope.simulation import simulate
+from gradscope.views.choices import ViewChoices
+from gradscope.views.csv_view import inspection_csv
+from gradscope.views.inspect_screen import inspect_screen
 from gradscope.views.json_view import json_text
+from gradscope.views.markdown import markdown_text
 from tests.in_memory_source import Arrays, InMemorySource, flatten
 
 FloatArray = NDArray[np.float64]
@@ -221,3 +225,45 @@ def test_simulate_tells_the_same_and_json_has_the_keys() -> None:
     assert [layer["name"] for layer in batch["layers"]] == ["first", "last"]
     assert {"noise_scale", "mean_cosine"} <= batch["layers"][0].keys()
     assert json.loads(json_text(inspect(InMemorySource(minibatches(2, 4)))))["batch"] is None
+
+
+def said_of(signal: float, count: int = 48, **settings: object) -> str:
+    """The sentence of a simulation at whose max_norm every step is clipped."""
+    source = MinibatchSource(minibatches(count, 16, 0, signal), [16] * count, **settings)
+    return " ".join(line for line in simulate(source, ["norm:0.001"]).findings if "minibatch" in line)
+
+
+def test_the_sentence_says_what_is_cut() -> None:
+    assert said_of(0.3).endswith("samples and a minibatch has 16: what max_norm 0.001 cuts is mostly noise.")
+    assert said_of(3.0).endswith("samples and a minibatch has 16: what max_norm 0.001 cuts is mostly signal.")
+    assert said_of(0.6).endswith("what max_norm 0.001 cuts is signal and noise.")
+    assert said_of(0.0).startswith(
+        "48 minibatches do not tell the true gradient apart from zero; the noise scale is at"
+    )
+    assert "(too few minibatches for an interval)" in said_of(3.0, count=5)
+
+
+def test_each_clip_group_has_a_sentence_of_its_own() -> None:
+    said = said_of(0.9, groups={"one": ["first.weight", "first.bias"], "two": ["last.weight"]})
+    assert "one: the noise scale is" in said
+    assert said.endswith("what max_norm 0.001 cuts is mostly signal.")
+    assert "two: the noise scale is" in said
+
+
+def test_what_nothing_cuts_is_only_described() -> None:
+    source = MinibatchSource(minibatches(16, 16), [16] * 16)
+    assert any(line.endswith("a minibatch has 16: its gradient is mostly signal.") for line in inspect(source).findings)
+
+
+def test_tables_show_noise_scale_and_cosine_by_layer() -> None:
+    inspection = inspect(MinibatchSource(minibatches(16, 16), [16] * 16))
+    text = markdown_text(inspect_screen(inspection, ViewChoices()))
+    assert "| noise scale | cosine |" in text
+    header, first, *_ = (line.split(",") for line in inspection_csv(inspection, ViewChoices()).splitlines())
+    row = dict(zip(header, first, strict=True))
+    assert inspection.batch is not None
+    layer = inspection.batch.layers[0]
+    assert float(row["noise_scale"]) == layer.noise_scale.estimate
+    assert float(row["mean_cosine"]) == layer.mean_cosine
+    assert layer.noise_scale.ci95 == (float(row["noise_scale_low"]), float(row["noise_scale_high"]))
+    assert "noise scale" not in markdown_text(inspect_screen(inspect(InMemorySource(minibatches(4, 4))), ViewChoices()))

@@ -20,7 +20,11 @@ from gradscope import results
 from gradscope.optimizer_state import AdamMoments
 from gradscope.simulation import simulate
 from gradscope.sources import open_source
+from gradscope.views.choices import ViewChoices
+from gradscope.views.csv_view import simulation_csv
 from gradscope.views.json_view import json_text
+from gradscope.views.markdown import markdown_text
+from gradscope.views.simulate_screen import simulate_screen
 from tests.in_memory_source import Arrays, InMemorySource, angle_deg, flatten
 
 Clip = Callable[[Arrays], Arrays]
@@ -257,3 +261,16 @@ def test_moments_of_some_tensors_only_are_not_enough(tmp_path: Path) -> None:
     trained = Trained(tmp_path)
     source = trained.source([trained.gradient() | {"new.weight": np.ones(3)}])
     assert simulate(source, "norm:0.5").results[0].update_direction_change_deg is None
+
+
+def test_tables_and_sentences_show_it_where_it_is_known(tmp_path: Path) -> None:
+    trained = Trained(tmp_path)
+    steps = [trained.gradient(size) for size in (1.0, 30.0)]
+    for source in (trained.source(steps), trained.source(steps[:1])):
+        simulation = simulate(source, ["norm:0.5"])
+        assert "| update turned |" in markdown_text(simulate_screen(simulation, ViewChoices()))
+        assert any(line.startswith("Adam's next update turns") for line in simulation.findings)
+        assert f",{change(simulation).p50!r},{change(simulation).max!r}" in simulation_csv(simulation)
+    unknown = simulate(InMemorySource(steps), ["norm:0.5"])
+    assert "update turned" not in markdown_text(simulate_screen(unknown, ViewChoices()))
+    assert not any("Adam" in line for line in unknown.findings)
