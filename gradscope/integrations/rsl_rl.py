@@ -39,9 +39,10 @@ def record(runner: Any, path: str | os.PathLike[str], **options: Any) -> Trainin
 def save_rollout(runner: Any, path: str | os.PathLike[str]) -> None:
     """Save the rollout of the last iteration of ``runner.learn()`` as a batch for ``--batch``, in safetensors.
 
-    Columns are [steps × environments, size] in the order of rsl_rl's own generator of minibatches, of the storage's own
-    dtypes (bfloat16 as float32): ``observations.GROUP``, ``actions``, ``values``, ``returns``, ``advantages`` (normalised as the training
-    normalised them), ``actions_log_prob``, the parameters of the actions' distribution, ``rewards`` and ``dones``.
+    Columns are [steps × environments, size] in the order of rsl_rl's own generator of minibatches, in the storage's
+    dtypes (bfloat16 as float32): ``observations.GROUP``, ``actions``, ``values``, ``returns``, ``advantages``
+    (normalised as the training normalised them), ``actions_log_prob``, the parameters of the actions' distribution,
+    ``rewards`` and ``dones``.
 
     Raises:
         GradscopeError: nothing was collected yet, a rollout is under way, the algorithm is not PPO, the policy is
