@@ -183,21 +183,22 @@ def noise_scale(
     The interval is Fieller's (1954) for the ratio of the two, with their covariance from the delete-one jackknife.
     It has no upper end, and is None, where ‖G‖² is not significantly above zero.
     """
-    count = len(energies)
+    count, unit = len(energies), float(energies.max(initial=0.0)) or 1.0
     if count < 2:
         return results.NoiseScale(None, None, None, None)
-    signal, noise = _signal_and_noise(minibatch_size, count, float(energies.sum()), sum_energy)
-    estimate = float(noise / signal) if signal > 0.0 else None
-    unknown = results.NoiseScale(estimate, None, float(signal), float(noise))
+    # In units of the largest, so that the squares of squares below stay numbers.
+    energies, sum_energy = energies / unit, sum_energy / unit
+    signal, noise = map(float, _signal_and_noise(minibatch_size, count, float(energies.sum()), sum_energy))
+    estimate = noise / signal if signal > 0.0 else None
     if products is None or count < FEWEST_FOR_INTERVAL:
-        return unknown
-    left_out = sum_energy - 2.0 * products + energies
+        return results.NoiseScale(estimate, None, signal * unit, noise * unit)
+    left_out = sum_energy - 2.0 * products / unit + energies
     pairs = np.array(_signal_and_noise(minibatch_size, count - 1, energies.sum() - energies, left_out))
     deviations = pairs - pairs.mean(axis=1, keepdims=True)
     covariance = (count - 1) / count * deviations @ deviations.T
-    low, high = fieller(float(noise), float(signal), covariance[::-1, ::-1], student_quantile(count - 1))
+    low, high = fieller(noise, signal, covariance[::-1, ::-1], student_quantile(count - 1))
     interval = (low, high) if estimate is not None and math.isfinite(high) else None
-    return results.NoiseScale(estimate, interval, float(signal), float(noise), low)
+    return results.NoiseScale(estimate, interval, signal * unit, noise * unit, low)
 
 
 def _signal_and_noise(
@@ -205,7 +206,9 @@ def _signal_and_noise(
 ) -> tuple[float | FloatArray, float | FloatArray]:
     """‖G‖² and tr Σ from the sum of squared norms and the squared norm of the sum of ``count`` gradients."""
     mean, of_mean = energy / count, sum_energy / count**2
-    return (count * of_mean - mean) / (count - 1), size * count * (mean - of_mean) / (count - 1)
+    # Equal gradients have no noise; rounding would make it a little less.
+    spread = np.maximum(mean - of_mean, 0.0)
+    return (count * of_mean - mean) / (count - 1), size * count * spread / (count - 1)
 
 
 def fieller(above: float, below: float, covariance: FloatArray, quantile: float) -> tuple[float, float]:

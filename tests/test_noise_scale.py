@@ -227,6 +227,24 @@ def test_simulate_tells_the_same_and_json_has_the_keys() -> None:
     assert json.loads(json_text(inspect(InMemorySource(minibatches(2, 4)))))["batch"] is None
 
 
+@pytest.mark.parametrize("size", [1e-140, 1e140])
+def test_the_noise_scale_does_not_depend_on_the_unit(size: float) -> None:
+    plain, scaled = minibatches(16, 4), minibatches(16, 4)
+    for step in scaled:
+        step.update({name: size * array for name, array in step.items()})
+    one, other = measured(plain, 4), measured(scaled, 4)
+    assert one.noise_scale.ci95 == pytest.approx(other.noise_scale.ci95)
+    assert [layer.mean_cosine for layer in one.layers] == pytest.approx([layer.mean_cosine for layer in other.layers])
+
+
+def test_equal_gradients_have_no_noise_and_zeros_no_signal() -> None:
+    equal = measured([minibatches(1, 4)[0]] * 16, 4)
+    assert equal.noise_scale.noise == pytest.approx(0.0, abs=1e-9)
+    assert equal.mean_cosine == pytest.approx(1.0)
+    zero = measured([{name: np.zeros(len(v)) for name, v in VARIANCES.items()}] * 16, 4)
+    assert (zero.noise_scale.estimate, zero.noise_scale.ci95, zero.mean_cosine) == (None, None, None)
+
+
 def said_of(signal: float, count: int = 48, **settings: object) -> str:
     """The sentence of a simulation at whose max_norm every step is clipped."""
     source = MinibatchSource(minibatches(count, 16, 0, signal), [16] * count, **settings)
