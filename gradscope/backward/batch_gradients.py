@@ -126,7 +126,6 @@ class BatchGradients(GradientSource):
             done += len(self.minibatches[position])
             if progress is not None:
                 progress(done, total)
-        self._note_unreached()
 
     def weights(self, progress: Progress | None = None) -> Weights | None:
         """The parameters of the checkpoint."""
@@ -151,6 +150,7 @@ class BatchGradients(GradientSource):
         gradients = [_take_gradient(parameter) for parameter in self.engine.parameters.values()]
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
         self.reached |= present
+        self._note_unreached()
         tensors = [_stored(info, gradient) for info, gradient in zip(self.tensors, gradients, strict=True)]
         step = GradientStep.from_spectra(position, f"minibatch {position}", scan(tensors), lambda i: read(tensors[i]))
         return replace(

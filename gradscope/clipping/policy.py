@@ -152,7 +152,11 @@ def _scaled(
 ) -> tuple[Moments, NDArray[np.bool_], NDArray[np.bool_] | None]:
     scale = factors.scale[stretch][:, units.owner]
     moments = Moments(energies[stretch], scale, np.zeros_like(scale))
-    return moments, factors.triggered[stretch][:, units.owner], None if present is None else present[stretch]
+    triggered = factors.triggered[stretch][:, units.owner]
+    if present is None:
+        return moments, triggered, None
+    # What had no gradient is not clipped with the rest of its unit.
+    return moments, triggered & present[stretch], present[stretch]
 
 
 class Replay(Protocol):
