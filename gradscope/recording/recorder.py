@@ -234,6 +234,9 @@ class Recorder:
         if os.environ.get("GRADSCOPE_DEBUG"):
             raise error
         self._say(f"recording stopped: {type(error).__name__}: {error}")
+        # The rows until then are whole, unless it is they that cannot be written.
+        with suppress(Exception):
+            self._rows.finish()
         self._close()
 
     def _write(self, row: Row, call: ClipCall) -> None:
