@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradscope._meter import GradientTally, use_openmp
-from gradscope.recording.meter import DTYPES, GroupMeter, Meter, UpdateMeter
+from gradscope._meter import GradientTally, KnownTensors, TensorTypes, use_openmp
+from gradscope.recording.meter import DTYPES, TENSOR_TYPES, GroupMeter, Meter, UpdateMeter
 from gradscope.recording.torch_threads import join_torch_threads
+from gradscope.recording.updates import UpdateNorms
 from gradscope.trace.bins import edges
 from gradscope.trace.measurement import Bins, Measurement
 
@@ -193,6 +199,81 @@ def test_sparse_gradients_count_what_is_missing_as_zeros() -> None:
         assert row.zeros[0] == 48 * 3
 
 
+class Marked(Tensor):
+    """A subclass that changes nothing."""
+
+
+def kinds_of_tensors() -> Iterator[tuple[str, Any]]:
+    plain = torch.randn(4, 3)
+    yield "None", None
+    yield "parameter", nn.Parameter(plain)
+    yield "with a graph", nn.Parameter(plain) * 2
+    yield from ((str(dtype), plain.to(dtype)) for dtype in (*DTYPES, torch.int32, torch.bool, torch.complex64))
+    yield "conjugate", plain.to(torch.complex64).conj()
+    yield "negative", torch._neg_view(plain)
+    yield "nothing but zeros", torch._efficientzerotensor((4, 3))
+    yield "sparse", plain.to_sparse()
+    yield "mkldnn", plain.to_mkldnn()
+    yield "meta", plain.to("meta")
+    yield "transposed", torch.randn(3, 4).t()
+    yield "channels last", torch.randn(1, 4, 3, 1).to(memory_format=torch.channels_last)
+    yield "strides of axes of 1", plain.as_strided((1, 12), (999, 1))
+    yield "expanded", torch.randn(1, 3).expand(4, 3)
+    yield "shifted", torch.randn(13)[1:]
+    yield "no elements", torch.zeros(0)
+    yield "no elements, strides", torch.zeros(0, 5).t()
+    yield "0-dim", torch.tensor(2.0)
+    yield "without memory", freed(torch.randn(12))
+    yield "functional", torch._to_functional_tensor(plain)
+    yield "subclass", plain.as_subclass(Marked)
+    yield "lazy", torch._lazy_clone(plain)
+    yield "unknown float", plain.to(torch.float8_e4m3fnuz)
+    with torch.inference_mode():
+        yield "inference", torch.randn(4, 3)
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("numel", [12, 1, 0, 13])
+def test_both_ways_of_asking_where_a_tensor_lies_say_the_same(numel: int) -> None:
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    asking = TensorTypes((Tensor, nn.Parameter), torch.strided, dtypes)
+    found = 0
+    for kind, tensor in kinds_of_tensors():
+        for dtype in dtypes:
+            told, asked = (
+                KnownTensors(types, [numel], [dtype]).addresses([tensor]) for types in (TENSOR_TYPES, asking)
+            )
+            assert told == asked, (kind, dtype)
+            if told is not None and tensor is not None:
+                assert told == [tensor.data_ptr() or 1]
+                found += 1
+    # An empty or 0-dim tensor is one of the sizes; no tensor has 13 elements.
+    assert (found > 0) == (numel < 13)
+
+
+def test_an_unknown_table_of_functions_is_not_called() -> None:
+    known = KnownTensors(
+        TensorTypes((Tensor, nn.Parameter), torch.strided, {"float32": torch.float32}, object()), [2], ["float32"]
+    )
+    tensor = torch.ones(2)
+    assert known.addresses([tensor]) == [tensor.data_ptr()]
+
+
+def test_every_kind_of_tensor_is_measured_or_named() -> None:
+    for kind, tensor in kinds_of_tensors():
+        meter = Meter([tensor])
+        for _ in range(2):
+            row = meter.measure([tensor], 2)
+            assert isinstance(row, Measurement)
+            assert math.isnan(row.sum_squares[0]) == (tensor is None or 0 in meter.unmeasured), kind
+    zeros = torch._efficientzerotensor((4, 3))
+    check(measure([zeros]), [np.zeros(12)])
+
+
 def test_a_gradient_that_cannot_be_measured_is_told_and_counts_as_none() -> None:
     tensors: list[Tensor | None] = [torch.ones(3), torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")]
     meter = Meter(tensors)
@@ -202,10 +283,6 @@ def test_a_gradient_that_cannot_be_measured_is_told_and_counts_as_none() -> None
     assert np.isnan(row.sum_squares[1:]).all()
     assert "complex64" in meter.unmeasured[1]
     assert "meta" in meter.unmeasured[2]
-
-
-class Marked(Tensor):
-    """A subclass that changes nothing."""
 
 
 def test_subclasses_are_read_as_what_they_are() -> None:
@@ -313,6 +390,17 @@ def test_weights_beyond_the_limit_take_turns() -> None:
     assert {norm for norms in seen for norm in norms if not math.isnan(norm)} == {8.0}
 
 
+def test_weights_that_a_step_exchanges_have_no_update_norm() -> None:
+    weights = [nn.Parameter(torch.ones(1000)), nn.Parameter(torch.ones(4))]
+    norms = UpdateNorms([weakref.ref(weight) for weight in weights])
+    assert norms.before() == pytest.approx([1000**0.5, 2.0])
+    weights[0].data = torch.ones(9, dtype=torch.float64)
+    assert np.isnan(norms.after()).all()
+    assert norms.before().tolist() == [3.0, 2.0]
+    weights[1].data += 1
+    assert norms.after().tolist() == [0.0, 2.0]
+
+
 def test_a_large_group_is_measured_where_no_thread_can_be_started(
     threads_of_our_own: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,3 +414,74 @@ def test_a_large_group_is_measured_where_no_thread_can_be_started(
     for i, values in enumerate(as_float64(tensors)):
         assert row.sum_squares[i] == pytest.approx(float(values @ values), rel=1e-12)
         assert int(bins_of(row, i).count.sum()) == np.count_nonzero(values)
+
+
+LARGE = """
+import os, signal, sys, threading, torch
+from pathlib import Path
+
+def measure():
+    from gradscope.recording.meter import Meter
+    meter = Meter([gradient])
+    for _ in range(3):
+        row = meter.measure([gradient], 1)
+    assert abs(row.sum_squares[0] / expected - 1) < 1e-9
+
+gradient = torch.randn(1_500_000)
+expected = float(gradient.double().square().sum())
+torch.set_num_threads(3)
+gradient.add(1)
+"""
+
+IN_A_CHILD = """
+child = os.fork()
+if not child:
+    # OpenMP of GNU waits for ever for threads that the child has not.
+    signal.alarm(30)
+    measure()
+    os._exit(5)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def output_of(script: str) -> list[str]:
+    root = Path(__file__).parent.parent
+    run = [sys.executable, "-c", LARGE + script]
+    done = subprocess.run(run, check=False, capture_output=True, text=True, timeout=100, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("before", ["measure()", ""])
+def test_a_forked_child_measures_large_groups(before: str) -> None:
+    assert output_of(before + IN_A_CHILD) == ["5"]
+
+
+def test_torch_keeps_its_threads() -> None:
+    script = """
+threads = lambda: set(os.listdir("/proc/self/task"))
+before = threads()
+measure()
+print(before <= threads())
+"""
+    assert output_of(script) == ["True"]
+
+
+def test_large_groups_in_any_thread_and_with_one_alone() -> None:
+    script = """
+def in_a_thread():
+    measure()
+    print("measured")
+
+threads = [threading.Thread(target=in_a_thread) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+torch.set_num_threads(1)
+measure()
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.set_num_threads(2)
+measure()
+"""
+    assert output_of(script) == ["measured"] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,68 @@ def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter._copies <= 9
     written.queue.finish()
     assert written.steps() == list(range(30))
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_the_ring_keeps_the_order_while_others_measure_and_write(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(rows, "MOST_COPIED", most)
+    monkeypatch.setattr(rows, "TICK_SECONDS", 1e-4)
+    written, rounds = Written(), 400
+    sizes = (3, 1000, 40)
+    meters = [warm_meter([torch.ones(size)]) for size in sizes]
+    # Two numbers that are never rounded: whose gradient it is, and of which step.
+    gradients = [torch.zeros(size) for size in sizes]
+    ended = threading.Event()
+
+    def write() -> None:
+        while written.queue.measure_for(0.003):
+            written.queue.drain()
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for step in range(rounds):
+        for group, gradient in enumerate(gradients):
+            gradient[0], gradient[-1] = step, group
+            call = call_of(meters[group], [gradient], step % 3, returned=float("inf") if step % 50 == 7 else 0.5)
+            written.queue.put(step, group, call, True, [])
+            # It was copied: what is written now must not be in the row.
+            gradient.fill_(1e9)
+            gradient.zero_()
+    written.queue.finish()
+    assert ended.wait(10)
+    writer.join()
+    table = written.table()
+    assert table["step"].to_pylist() == [step for step in range(rounds) for _ in sizes]
+    assert table["group"].to_pylist() == [0, 1, 2] * rounds
+    assert table["sum_squares"].to_pylist() == [
+        [float(step * step + group * group)] for step in range(rounds) for group in range(3)
+    ]
+    assert all(meter._copies <= most + 2 + rows.MOST_WAITING for meter in meters)
+
+
+def test_after_the_end_nobody_measures_in_the_background() -> None:
+    gradients = [torch.ones(10)]
+    meter, written = warm_meter(gradients), Written()
+    assert written.queue.measure_for(0.01)
+    written.queue.put(0, 0, call_of(meter, gradients), True, [])
+    written.queue.finish()
+    written.queue.finish()
+    assert not written.queue.measure_for(60.0)
+    # A row that comes late is not lost.
+    written.queue.put(1, 0, call_of(meter, gradients), True, [])
+    assert not written.queue.measure_for(60.0)
+    written.queue.drain()
+    assert written.steps() == [0, 1]
+
+
+def test_the_end_wakes_who_measures() -> None:
+    written, results = Written(), []
+    measuring = threading.Thread(target=lambda: results.append(written.queue.measure_for(600.0)))
+    measuring.start()
+    written.queue.finish()
+    measuring.join(10)
+    assert results == [False]
 
 
 def test_columns_must_hold_what_their_rows_say() -> None:
