@@ -241,19 +241,24 @@ def test_a_descriptor_that_another_file_has_taken_is_left_alone(work: Path, caps
 
 RANKED = """
 import torch, torch.distributed as dist
+# Before DistributedDataParallel, and in a function: why, says training_scripts/ddp.py.
+import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 from gradscope import Recorder
 
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = DistributedDataParallel(torch.nn.Linear(4, 2))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-with Recorder("ranks.gradscope", quiet=True):
+def train():
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(3, 4)).square().sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
+
+dist.init_process_group("gloo")
+with Recorder("ranks.gradscope", quiet=True):
+    train()
 dist.destroy_process_group()
 """
 
