@@ -39,7 +39,8 @@ class Progress(Protocol):
 class SourceInfo:
     """What a source is: ``format`` is for people (``"SB3 PPO checkpoint"``), ``steps`` counts gradient steps.
 
-    ``picked`` says which of several checkpoints this is, where only their directory was named.
+    ``picked`` says which of several checkpoints this is, where only their directory was named.  ``arguments`` is what
+    names the source on a command line beside its path (``"--batch rollout.safetensors --trust"``).
     """
 
     path: str
@@ -47,6 +48,7 @@ class SourceInfo:
     format: str
     steps: int
     picked: str | None = None
+    arguments: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +174,8 @@ class GradientSource(ABC):
     findings: tuple[str, ...] = ()
     # What progress counts.
     read_unit: ClassVar[str] = "bytes"
+    # Whether the steps followed one another in a run; the minibatches of one batch did not.
+    in_time: ClassVar[bool] = True
 
     @property
     def step_numbers(self) -> Sequence[int] | IntArray:

@@ -14,13 +14,18 @@ from gradscope.spread import Spread
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the numbers come from; ``picked``: which of a directory's checkpoints it is, where only that was named."""
+    """Where the numbers come from.
+
+    ``picked``: which of a directory's checkpoints it is, where only that was named.  ``arguments``: what names the
+    source on a command line beside its path.
+    """
 
     path: str
     kind: str
     format: str
     steps: int
     picked: str | None = None
+    arguments: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def simulate(
     sees = [replay.see for replay in replays.values()] + ([turned.see] if turned is not None else [])
     run = _Run.read(source, selected, layout, sees, minibatches, progress, regrouped=bool(groups))
     effects = {policy: _effect(policy, replays, run, convention) for policy in dict.fromkeys(chosen)}
-    phases = find_phases(run.joint_norms)
+    phases = find_phases(run.joint_norms) if source.in_time else [range(len(run.joint_norms))]
     simulation = results.Simulation(
         schema=SCHEMA,
         source=results.Source(**asdict(source.info)),
@@ -228,6 +228,7 @@ class _Run:
     nonfinite: tuple[results.NonfiniteStep, ...]
     nonfinite_skipped: int
     has_layers: bool
+    in_time: bool
 
     @classmethod
     def read(
@@ -288,6 +289,7 @@ class _Run:
             nonfinite=tuple(nonfinite),
             nonfinite_skipped=skipped,
             has_layers=source.info.kind != "norm-log",
+            in_time=source.in_time,
         )
 
     @property
@@ -297,8 +299,8 @@ class _Run:
 
     @property
     def recent(self) -> slice:
-        """The newest part, as positions among the steps."""
-        return recent_part(len(self.index))
+        """The newest part, as positions among the steps; all of steps that are no run."""
+        return recent_part(len(self.index)) if self.in_time else slice(0, len(self.index))
 
     def finite_in(self, part: slice) -> slice:
         """The same part, as positions among the finite steps."""

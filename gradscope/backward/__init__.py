@@ -1,1 +1,1 @@
-"""Gradients of a captured batch: a model's weights and a batch -> gradient steps.  The only analysis that needs torch."""
+"""Gradients of a captured batch: weights and a batch -> gradient steps.  The only analysis that needs torch."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gradscope.backward.captured import CapturedBatch, read_batch
 from gradscope.backward.engine import Engine
 from gradscope.backward.library_training import seeded
-from gradscope.backward.options import BatchOptions
+from gradscope.backward.options import BatchOptions, as_arguments
 from gradscope.backward.placement import device_of, dtype_of
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
@@ -88,6 +88,7 @@ class BatchGradients(GradientSource):
     independent: int = field(kw_only=True)
     reached: NDArray[np.bool_] = field(init=False, repr=False)
     read_unit: ClassVar[str] = "rows"
+    in_time: ClassVar[bool] = False
 
     @classmethod
     def of(cls, engine: Engine, size: int, checkpoint: GradientSource, options: BatchOptions) -> BatchGradients:
@@ -98,7 +99,13 @@ class BatchGradients(GradientSource):
         minibatches = tuple(rows for epoch in cut for rows in epoch)
         format_ = f"{engine.format}, {engine.rows:,} captured rows"
         return cls(
-            info=replace(checkpoint.info, kind="gradients", format=format_, steps=len(minibatches)),
+            info=replace(
+                checkpoint.info,
+                kind="gradients",
+                format=format_,
+                steps=len(minibatches),
+                arguments=as_arguments(options),
+            ),
             tensors=tuple(
                 TensorInfo(name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
                 for name, parameter in engine.parameters.items()

@@ -23,11 +23,14 @@ class Engine(Protocol):
     """
 
     format: str
-    parameters: Mapping[str, torch.nn.Parameter]
     groups: tuple[ClipGroup, ...]
     rows: int
     minibatch_size: int
     notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The trained parameters by name."""
 
     def shuffled(self, epochs: int) -> list[NDArray[np.int64]]:
         """The order in which the training's own shuffling takes the rows, an int64 [rows] for each epoch.

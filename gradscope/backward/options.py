@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,3 +57,18 @@ def batch_options(batch: str | os.PathLike[str] | Mapping[str, Any] | None, **gi
     if not (isinstance(options.seed, int) and 0 <= options.seed < 1 << 32):
         raise GradscopeError(f"--seed {options.seed}", "must be a whole number from 0 to 4294967295")
     return options
+
+
+def as_arguments(options: BatchOptions) -> str | None:
+    """The options as a command line has them; None where they hold objects, which none can name."""
+    words = []
+    for option in fields(BatchOptions):
+        value = getattr(options, option.name)
+        if value == option.default:
+            continue
+        if not isinstance(value, str | int | Path):
+            return None
+        words.append(f"--{option.name.replace('_', '-')}")
+        if value is not True:
+            words.append(shlex.quote(str(value)))
+    return " ".join(words)

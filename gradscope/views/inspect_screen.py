@@ -84,13 +84,15 @@ def _next(inspection: results.Inspection, choices: ViewChoices) -> str:
     if inspection.gradients is None:
         return "Next: gradscope record -- python train.py"
     path = "" if choices.opening else f"{shlex.quote(inspection.source.path)} "
-    return f"Next: gradscope simulate {path}--max-norm {_limits(inspection)}"
+    arguments = f"{inspection.source.arguments} " if inspection.source.arguments else ""
+    return f"Next: gradscope simulate {path}{arguments}--max-norm {_limits(inspection)}"
 
 
 def _limits(inspection: results.Inspection) -> str:
     """The thresholds that were in force, else one to start with."""
     groups = inspection.recorded.groups if inspection.recorded else ()
     known = dict.fromkeys(group.max_norm for group in groups if group.max_norm is not None)
+    known |= dict.fromkeys(o.max_norm for o in inspection.optimizers if o.max_norm is not None) if not known else {}
     return " ".join(threshold(limit) for limit in known) or "0.5"
 
 
