@@ -34,6 +34,8 @@ from gradscope import Recorder
 
 # Enough to contain several flushes of a trace, and few enough for the machine to stay the same over a round.
 PPO_EPOCHS = 20
+# The first third of a second makes files, tables and room for copies, once in a run; ``learn`` contains it.
+PPO_WARM_UP = 8
 LEARN_TIMESTEPS = 4096
 # Every tenth step measures more than the others.
 TRANSFORMER_STEPS = 10
@@ -139,19 +141,20 @@ def watched_by_wandb(folder: str) -> Mode | None:
     return watch
 
 
-def modes(folder: str, peers: bool) -> dict[str, Mode]:
-    found: dict[str, Mode] = {
-        "nothing": unrecorded,
-        "default": recorded(),
-        "--detail full": recorded(detail="full"),
-        "nothing again": unrecorded,
-    }
-    if peers:
-        found[NORM_AND_ITEM] = norm_and_item
-        wandb = watched_by_wandb(folder)
-        if wandb is not None:
-            found[WANDB] = wandb
-    return found
+RECORDED: dict[str, Mode] = {
+    "nothing": unrecorded,
+    "default": recorded(),
+    "--detail full": recorded(detail="full"),
+    "nothing again": unrecorded,
+}
+
+
+def beside_peers(what: str, folder: str, rounds: int, run: Callable[[Mode], Block], limits: dict[str, float]) -> None:
+    """What recording costs and what the peers do; wandb last, since its threads stay in the process."""
+    report(what, alternate({**RECORDED, NORM_AND_ITEM: norm_and_item}, rounds, run), limits)
+    wandb = watched_by_wandb(folder)
+    if wandb is not None:
+        report(what, alternate({"nothing": unrecorded, WANDB: wandb}, max(2, rounds // 4), run), limits)
 
 
 def alternate(modes: dict[str, Mode], rounds: int, run: Callable[[Mode], Block]) -> dict[str, list[Block]]:
@@ -219,15 +222,14 @@ def ppo(folder: str, rounds: int) -> None:
 
     def run(mode: Mode) -> Block:
         with mode(model.policy):
-            # The first steps name the parameters and open the files, once in a run.
-            start_over(1)
+            start_over(PPO_WARM_UP)
             train()
             start_over(PPO_EPOCHS)
             return timed_block(timer, train)
 
     run(unrecorded)
     limits = {"default": 2.0, "--detail full": 4.0}
-    report("PPO training step", alternate(modes(folder, peers=True), rounds, run), limits)
+    beside_peers("PPO training step", folder, rounds, run, limits)
     torch.nn.utils.clip_grad_norm_ = clip
 
 
@@ -247,7 +249,7 @@ def learn(folder: str, rounds: int) -> None:
         return timed_block(timer, whole)
 
     run(unrecorded)
-    report("PPO learn()", alternate(modes(folder, peers=True), rounds, run), {})
+    beside_peers("PPO learn()", folder, rounds, run, {})
 
 
 class Transformer(torch.nn.Module):
@@ -293,7 +295,7 @@ def transformer(folder: str, rounds: int, batch_size: int = 16) -> None:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     limits = {"default": 2.0, "--detail full": 4.0}
     what = f"transformer of {size:.0f} M parameters, {batch_size * LENGTH:,} tokens"
-    report(what, alternate(modes(folder, peers=False), rounds, run), limits)
+    report(what, alternate(RECORDED, rounds, run), limits)
 
 
 def small_batch(folder: str, rounds: int) -> None:
