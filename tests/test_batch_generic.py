@@ -300,6 +300,29 @@ def stepping(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(batch["x"]).mean()
 
 
+def differentiating(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    loss = model(batch["x"]).square().mean()
+    loss.backward(retain_graph=True)
+    return loss
+
+
+class Ended(BaseException):
+    """Of a library that ends what runs it, as a test's timeout does."""
+
+
+def ending(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    raise Ended("enough")
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def speechless(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    raise SpeechlessError
+
+
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
@@ -314,6 +337,9 @@ def stepping(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         (lambda m, b: m(b["y"]).mean(), "raised KeyError: 'y'"),
         (lambda m, b: m(b["x"].double()).mean(), "raised RuntimeError: "),
         (stepping, "changed the model's weights"),
+        (differentiating, "called backward() itself"),
+        (ending, "raised Ended: enough"),
+        (speechless, "raised SpeechlessError"),
     ],
 )  # fmt: skip
 def test_losses_that_give_no_gradient(loss: Any, said: str) -> None:

@@ -118,6 +118,8 @@ class GenericEngine:
 
     def _differentiate(self, minibatch: dict[str, Tensor], rows: int) -> None:
         loss = self._scalar(self._returned(minibatch), rows)
+        if any(parameter.grad is not None for parameter in self.parameters.values()):
+            raise GradscopeError(self.loss_name, "called backward() itself", "it is to return the loss alone")
         value = float(loss.detach())
         if not math.isfinite(value):
             raise GradscopeError(self.loss_name, f"returned {value}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradscope.backward.library_training import foreign_code
+from gradscope.backward.library_training import foreign_code, raised
 from gradscope.errors import GradscopeError
 
 EXAMPLE = "for example train:make_model"
@@ -56,6 +56,11 @@ def their_code(what: str) -> Iterator[None]:
             yield
     except SystemExit as error:
         raise GradscopeError(what, f"ended the program (sys.exit({error.code!r}))") from error
+    except (GradscopeError, KeyboardInterrupt):
+        raise
+    # Somebody's own need be no Exception.
+    except BaseException as error:
+        raise raised(what, error) from error
 
 
 def _module(name: str, what: str, correction: str | None) -> Any:

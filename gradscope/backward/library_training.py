@@ -96,8 +96,16 @@ def foreign_code(what: str) -> Iterator[None]:
     except GradscopeError:
         raise
     except Exception as error:
+        raise raised(what, error) from error
+
+
+def raised(what: str, error: BaseException) -> GradscopeError:
+    """One line on ``error``, which somebody's code raised, with its own message where it has one."""
+    try:
         said = " ".join(str(error).split())[:300]
-        raise GradscopeError(what, f"raised {type(error).__name__}" + (f": {said}" if said else "")) from error
+    except Exception:  # noqa: BLE001 - somebody's own __str__
+        said = ""
+    return GradscopeError(what, f"raised {type(error).__name__}" + (f": {said}" if said else ""))
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
