@@ -47,9 +47,10 @@ def inspection_findings(inspection: results.Inspection, steps_read: int | None =
     if inspection.weights is not None:
         found += _broken_weights(inspection.weights)
     for optimizer in inspection.optimizers:
-        found += _saturation(optimizer, several=len(inspection.optimizers) > 1)
+        found += _saturation(optimizer, len(inspection.optimizers) > 1, gradients is not None)
         shares = [(tensor.name, tensor.share) for tensor in optimizer.tensors if tensor.share is not None]
-        found += _dominance(shares)
+        # Beside the gradients of a batch it has been said, of these.
+        found += _dominance(shares) if gradients is None else []
     return tuple(dict.fromkeys(found))
 
 
@@ -265,7 +266,7 @@ def _broken_weights(weights: results.WeightSummary) -> list[str]:
     return [f"The weights hold NaN or Inf, in {names(broken)}."] if broken else []
 
 
-def _saturation(optimizer: results.OptimizerReport, several: bool) -> list[str]:
+def _saturation(optimizer: results.OptimizerReport, several: bool, sizes_known: bool) -> list[str]:
     title = f"{optimizer.name}: " if several else ""
     if optimizer.unavailable:
         return [f"{title}Clip saturation is not available: {optimizer.unavailable}."]
@@ -274,7 +275,7 @@ def _saturation(optimizer: results.OptimizerReport, several: bool) -> list[str]:
         if group.saturation is None or group.max_norm is None:
             continue
         owner = f"{title}{group.name}: " if len(optimizer.groups) > 1 else title
-        found.append(owner + _saturation_sentence(group, _window(optimizer)))
+        found.append(owner + _saturation_sentence(group, _window(optimizer), sizes_known))
         found += [f"{owner}{qualification}." for qualification in group.qualifications]
     if not found and optimizer.recent_norm is not None and optimizer.max_norm is None:
         apart = [f"{group.name} {number(group.recent_norm)}" for group in optimizer.groups if group.recent_norm]
@@ -295,16 +296,14 @@ def _window(optimizer: results.OptimizerReport) -> str:
     return f"last ~{count(optimizer.window)} updates"
 
 
-def _saturation_sentence(group: results.OptimizerGroup, window: str) -> str:
+def _saturation_sentence(group: results.OptimizerGroup, window: str, sizes_known: bool) -> str:
     assert group.saturation is not None and group.max_norm is not None
     limit = f"max_norm {setting(group.max_norm)}"
     if group.trained_max_norm is not None:
         return _other_limit_sentence(group, group.trained_max_norm, limit, window)
     if abs(group.saturation - 1) <= _AT_LIMIT:
-        return (
-            f"All of the {window} sat at the limit: {limit} normalises your gradients; it is no safety net. "
-            "Their true size is not in this file."
-        )
+        said = f"All of the {window} sat at the limit: {limit} normalises your gradients; it is no safety net."
+        return said if sizes_known else f"{said} Their true size is not in this file."
     if group.saturation > 1:
         return f"The recent norm that the optimizer saw, {number(group.recent_norm or math.nan)}, is above {limit}."
     at_limit = (group.at_limit_share_at_least or {}).get("0.9", 0.0)

@@ -174,3 +174,44 @@ def test_without_torch_the_extra_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: --batch: needs PyTorch\nhint: pip install 'gradscope[torch]'\n"
+
+
+def test_minibatches_are_no_run_in_time(run: Run) -> None:
+    (code, out, _) = run(
+        f"simulate {SAMPLES / 'ppo_cartpole.zip'} --batch {SAMPLES / 'ppo_cartpole_rollout.safetensors'} --trust "
+        "--max-norm 10 --format json"
+    )
+    result = json.loads(out)
+    assert code == 0 and result["steps"] == 32
+    assert result["suggested_max_norm"] == result["suggested_max_norm_overall"]
+    assert [phase["steps"] for phase in result["results"][0]["phases"]] == [[0, 31]]
+
+
+def test_the_next_command_names_the_batch_and_its_options(run: Run) -> None:
+    code, out, _ = run(f"inspect {GIVEN} --minibatch-size 2")
+    following = " ".join(out.split("Next: gradscope ")[1].split())
+    assert code == 0 and "--minibatch-size 2" in following
+    again, out, _ = run(following)
+    assert again == 0 and "2 steps" in out
+
+
+def test_what_a_factory_asks_is_not_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("asking.py").write_text("def make(): return input('name? ')")
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = run("inspect c.pt --batch b.safetensors --model asking:make --loss mytraining:loss")
+    assert code == 2 and "error: --model asking:make: raised EOFError" in err
+    assert sys.stdin is None
+
+
+def test_a_captured_batch_by_itself_is_not_taken_for_gradients(run: Run) -> None:
+    code, out, err = run(f"inspect {SAMPLES / 'ppo_cartpole_rollout.safetensors'}")
+    assert code == 2 and out == ""
+    assert "is a captured batch" in err and "hint: name the checkpoint" in err
+
+
+def test_of_a_batch_the_optimizer_is_not_said_to_hide_the_norms(run: Run) -> None:
+    ppo = SAMPLES / "ppo_cartpole.zip"
+    _, alone, _ = run(f"inspect {ppo}")
+    code, out, _ = run(f"inspect {ppo} --batch {SAMPLES / 'ppo_cartpole_rollout.safetensors'} --trust")
+    assert code == 0 and "not in this file" in " ".join(alone.split())
+    assert "not in this file" not in " ".join(out.split()) and out.count("dominates") == 1

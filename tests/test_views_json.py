@@ -36,6 +36,7 @@ def test_inspection_of_gradients_has_the_keys_of_the_contract() -> None:
         "format": "gradient dumps (safetensors)",
         "steps": 128,
         "picked": None,
+        "arguments": None,
     }
     found = data["gradients"]
     assert {"l2_norm", "max_abs", "numel", "zeros", "nonfinite", "nonfinite_steps"} <= found["global"].keys()

@@ -16,15 +16,13 @@ from gradscope.backward.stored_elements import as_torch, elements_of
 from gradscope.errors import GradscopeError
 from gradscope.sources.arrays import tree_of
 from gradscope.sources.formats.contents import read_contents
-from gradscope.sources.formats.file_region import FileRegion
-from gradscope.sources.formats.safetensors_files import read_metadata
+from gradscope.sources.formats.safetensors_files import CAPTURED_BATCH
 from gradscope.sources.formats.tree import Tree, UnreadableTensor, named_leaves
 from gradscope.sources.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
-METADATA_KEY = "gradscope.batch"
 IN_MEMORY = "batch"
 # A file of one array names it nothing.
 ALONE = "batch"
@@ -64,8 +62,7 @@ def read_batch(source: Path | Mapping[str, Any]) -> CapturedBatch:
     if is_directory:
         raise GradscopeError(what, "is a directory, not a captured batch", HINT)
     contents = read_contents(path)
-    metadata = _metadata(path, what) if contents.format == "safetensors" else {}
-    return _batch(contents.tree, what, metadata)
+    return _batch(contents.tree, what, _metadata(contents.metadata.get(CAPTURED_BATCH), what))
 
 
 def write_batch(path: str | os.PathLike[str], columns: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
@@ -78,7 +75,7 @@ def write_batch(path: str | os.PathLike[str], columns: Mapping[str, NDArray[Any]
 
     content = save(
         {name: np.ascontiguousarray(column) for name, column in columns.items()},
-        {METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)},
+        {CAPTURED_BATCH: json.dumps(dict(metadata), sort_keys=True)},
     )
     target = os.path.realpath(path)
     temporary = f"{target}.{os.getpid()}.tmp"
@@ -93,8 +90,7 @@ def write_batch(path: str | os.PathLike[str], columns: Mapping[str, NDArray[Any]
             os.unlink(temporary)
 
 
-def _metadata(path: Path, what: str) -> dict[str, Any]:
-    text = read_metadata(FileRegion.whole(path), what).get(METADATA_KEY)
+def _metadata(text: str | None, what: str) -> dict[str, Any]:
     if text is None:
         return {}
     try:
@@ -102,7 +98,7 @@ def _metadata(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise GradscopeError(what, f"its metadata {METADATA_KEY} is no JSON object")
+        raise GradscopeError(what, f"its metadata {CAPTURED_BATCH} is no JSON object")
     return metadata
 
 

@@ -56,22 +56,27 @@ def _open(
         return open_source(source, as_=as_, weights=weights, tag=tag)
     from gradscope.backward.opening import open_with_batch
 
-    with _printing_aside():
+    with _left_alone():
         return open_with_batch(source, batch, as_=as_, weights=weights, tag=tag)
 
 
 @contextmanager
-def _printing_aside() -> Iterator[None]:
-    """What a model or a loss prints goes to stderr: standard output is the result's."""
-    with redirect_stdout(sys.stderr):
-        yield
+def _left_alone() -> Iterator[None]:
+    """What a model or a loss prints goes to stderr: standard output is the result's.  What it asks nobody answers."""
+    asked = sys.stdin
+    with redirect_stdout(sys.stderr), open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = asked
 
 
 @contextmanager
 def reading(source: GradientSource, quiet: bool, from_start: bool) -> Iterator[Progress | None]:
     """The progress of reading ``source``, whose first step is read ahead if the reading is ``from_start``."""
     with (
-        _printing_aside(),
+        _left_alone(),
         _progress(quiet, source.read_unit) as progress,
         source.reading_ahead(progress) if from_start else nullcontext(),
     ):

@@ -13,7 +13,7 @@ from gradscope.sources.arrays import gradient_tree_of, tree_of
 from gradscope.sources.dumps import DumpedStep, GradientDumps, dumped_step, load_files
 from gradscope.sources.formats.contents import Contents, read_contents
 from gradscope.sources.formats.file_region import unreadable
-from gradscope.sources.formats.safetensors_files import INDEX_SUFFIX
+from gradscope.sources.formats.safetensors_files import CAPTURED_BATCH, INDEX_SUFFIX
 from gradscope.sources.formats.tree import Opaque, Tree
 from gradscope.sources.gradient_names import ALONE
 from gradscope.sources.norm_logs import open_log_directory, open_norm_log
@@ -132,12 +132,19 @@ def _open_path(path: Path, as_: str | None, weights: GradientSource | None) -> G
     if log is not None:
         return log
     contents = read_contents(path)
+    _refuse_captured_batch(path, contents, as_)
     recognised = _checkpoint(path, contents, as_)
     if recognised is not None:
         return recognised
     if as_ is None and (contents.weights or has_model_config(path.parent)):
         as_ = "weights"
     return _bare_tensors([dumped_step(StepFile(path.name, (path,)))], str(path), contents, as_, weights)
+
+
+def _refuse_captured_batch(path: Path, contents: Contents, as_: str | None) -> None:
+    if as_ is None and CAPTURED_BATCH in contents.metadata:
+        hint = f"name the checkpoint that it goes with: gradscope inspect CHECKPOINT --batch {path}"
+        raise GradscopeError(str(path), "is a captured batch, which holds no gradients itself", hint)
 
 
 def _checkpoint(path: Path, contents: Contents, as_: str | None) -> GradientSource | None:
@@ -176,6 +183,7 @@ def _open_directory(path: Path, as_: str | None, weights: GradientSource | None)
 def _open_steps(steps: StepFiles, path: str, as_: str | None, weights: GradientSource | None) -> GradientSource:
     first = steps.steps[0]
     contents = load_files(first.paths)
+    _refuse_captured_batch(first.paths[0], contents, as_)
     recognised = _checkpoint(first.paths[0], contents, as_)
     if recognised is not None and len(steps.steps) == 1:
         return recognised

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,14 @@ class Contents:
     """A file's tree, and the name of its format for people.
 
     ``weights`` where the format holds nothing else; ``bare`` where it can hold nothing but named arrays.
+    ``metadata`` is what a safetensors file says beside its tensors.
     """
 
     tree: Tree
     format: str
     weights: bool = False
     bare: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_contents(path: Path) -> Contents:
@@ -104,7 +107,8 @@ def _read_region(region: FileRegion, what: str, nested: bool = False) -> Content
 
         return Contents(read_legacy_torch(region, what), "legacy PyTorch")
     if looks_like_safetensors(head, region.size):
-        return Contents(read_safetensors(region, what), "safetensors", bare=True)
+        tensors, metadata = read_safetensors(region, what)
+        return Contents(tensors, "safetensors", bare=True, metadata=metadata)
     if re.match(rb"\x80[\x02-\x05]", head) or _is_text_pickle(head, region):
         from gradscope.sources.formats.known_constructors import plain_constructors
         from gradscope.sources.formats.pickles import read_pickle

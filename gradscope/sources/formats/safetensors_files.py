@@ -25,6 +25,8 @@ from gradscope.tensors import TensorInfo
 MAX_HEADER_BYTES = 32 << 20
 MAX_INDEX_BYTES = 32 << 20
 INDEX_SUFFIX = ".index.json"
+# The metadata of a batch that gradscope captured: JSON.
+CAPTURED_BATCH = "gradscope.batch"
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -54,28 +56,19 @@ def looks_like_safetensors(head: bytes, size: int) -> bool:
     return bool(length <= size - 8 or b'"' in head[9:16])
 
 
-def read_safetensors(region: FileRegion, what: str) -> dict[str, Leaf]:
-    """The tensors of one file by name, in the order in which they lie in it.
+def read_safetensors(region: FileRegion, what: str) -> tuple[dict[str, Leaf], dict[str, str]]:
+    """The tensors of one file by name, in the order in which they lie in it, and what its writer noted beside them.
 
     Raises:
         GradscopeError: the header is damaged, or its offsets leave holes, overlap, or contradict a shape or the size.
     """
     header, length = _header(region, what)
+    noted = header.get("__metadata__")
     entries = _entries(header, what)
     _check_offsets(entries, region.size - 8 - length, what)
-    return {name: _tensor(name, entry, region, 8 + length, what) for name, entry in entries.items()}
-
-
-def read_metadata(region: FileRegion, what: str) -> dict[str, str]:
-    """What the writer noted beside the tensors (``__metadata__``: text by name); empty where there is nothing.
-
-    Raises:
-        GradscopeError: the header is damaged.
-    """
-    metadata = _header(region, what)[0].get("__metadata__")
-    if not isinstance(metadata, dict):
-        return {}
-    return {name: text for name, text in metadata.items() if isinstance(text, str)}
+    tensors = {name: _tensor(name, entry, region, 8 + length, what) for name, entry in entries.items()}
+    metadata = noted if isinstance(noted, dict) else {}
+    return tensors, {name: text for name, text in metadata.items() if isinstance(text, str)}
 
 
 def _header(region: FileRegion, what: str) -> tuple[dict[str, Any], int]:
