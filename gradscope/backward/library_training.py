@@ -122,10 +122,15 @@ def _unchanged(modules: list[nn.Module], parameters: list[Tensor]) -> Iterator[N
     tensors = _distinct([*parameters, *(buffer for part in modules for buffer in part.buffers())])
     with torch.no_grad():
         before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    modes = [(module, module.training) for part in modules for module in part.modules()]
+    every = [module for part in modules for module in part.modules()]
+    modes = [(module, module.training) for module in every]
+    # A training step may put others in their place, as rsl_rl's normaliser does.
+    buffers = [(module, dict(module._buffers)) for module in every]
     try:
         yield
     finally:
+        for module, held in buffers:
+            module._buffers.update(held)
         with torch.no_grad():
             for tensor, kept in before:
                 tensor.copy_(kept)

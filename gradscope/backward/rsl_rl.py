@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,6 @@ class RslRlEngine:
         try:
             with (
                 seeded(minibatch_seed(self._seed, rows)),
-                _same_buffers(self._parts.values()),
                 withheld_training(self._parts.values(), [algorithm.optimizer]) as done,
                 _in_order(),
                 their_code(f"rsl_rl's {type(algorithm).__name__}.update()"),
@@ -236,14 +235,3 @@ def _in_order() -> Iterator[None]:
         yield
     finally:
         torch.randperm = randperm
-
-
-@contextmanager
-def _same_buffers(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back the buffers that ``update()`` exchanges for others; what is in them is put back elsewhere."""
-    kept = [(module, dict(module._buffers)) for part in parts for module in part.modules()]
-    try:
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)
