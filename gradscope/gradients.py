@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gradscope.optimizer_state import AdamMoments, OptimizerState
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.tensors import ClipGroup, TensorInfo
+from gradscope.trace.schema import LintFinding
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -163,7 +164,8 @@ class GradientSource(ABC):
 
     ``tensors`` describes the gradient tensors and is empty where the source holds none.  ``groups`` are its clip
     groups.  ``skipped`` names what was left out and why (``"step: int64"``); ``findings`` are sentences about what is
-    wrong with the run, most important first, and ``notes`` what else the reader should know.
+    wrong with the run, most important first, and ``notes`` what else the reader should know.  ``lint`` is what a
+    recording noticed about how the run clips, one entry per rule; its sentences are among the findings.
     """
 
     info: SourceInfo
@@ -172,6 +174,7 @@ class GradientSource(ABC):
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     findings: tuple[str, ...] = ()
+    lint: tuple[LintFinding, ...] = ()
     # What progress counts.
     read_unit: ClassVar[str] = "bytes"
     # Whether the steps followed one another in a run; the minibatches of one batch did not.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradscope import forensics, results
-from gradscope.clip_history import ClipHistory, describe_run
 from gradscope.clipping.layout import TensorLayout
 from gradscope.errors import GradscopeError
 from gradscope.findings import inspection_findings
-from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.gradients import GradientSource, Progress, Weights
 from gradscope.noise_scale import MinibatchMeter
 from gradscope.nonfinite import name_fault
 from gradscope.notation import setting
@@ -23,7 +22,8 @@ from gradscope.optimizer_state import OptimizerState
 from gradscope.selection import place_of_step, regroup, select_steps
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.spread import Spread
-from gradscope.tensors import ClipGroup, TensorInfo
+from gradscope.step_table import StepTable, members_of, recorded_run
+from gradscope.tensors import TensorInfo
 
 SCHEMA = "gradscope.inspect/1"
 NEIGHBOURHOOD = 20
@@ -98,111 +98,6 @@ def _regrouped(
     return tuple(regrouped), (f"The run clipped {trained}; {bounds}.",)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Columns:
-    """Per-tensor numbers of the steps read, stacked: arrays are [steps, tensors].
-
-    ``present`` says where a tensor had a gradient.  ``history`` is what a recording knows of every step, None where
-    there is none; ``weight_norm`` and ``update_norm`` have a row for those steps only at which they were measured.
-    """
-
-    index: NDArray[np.int64]
-    labels: list[str]
-    energy: NDArray[np.float64]
-    max_abs: NDArray[np.float64]
-    zeros: NDArray[np.int64]
-    nan: NDArray[np.int64]
-    inf: NDArray[np.int64]
-    present: NDArray[np.bool_]
-    history: ClipHistory | None = None
-    weight_norm: NDArray[np.float64] | None = None
-    update_norm: NDArray[np.float64] | None = None
-
-    @classmethod
-    def read(
-        cls, source: GradientSource, selected: range, progress: Progress | None, minibatches: MinibatchMeter
-    ) -> _Columns:
-        """Stream the steps once; their spectra, which are what makes a step large, are let go at once."""
-        shape = (len(selected), len(source.tensors))
-        columns = cls(
-            index=np.zeros(shape[0], np.int64),
-            labels=[],
-            energy=np.zeros(shape),
-            max_abs=np.zeros(shape),
-            zeros=np.zeros(shape, np.int64),
-            nan=np.zeros(shape, np.int64),
-            inf=np.zeros(shape, np.int64),
-            present=np.ones(shape, np.bool_),
-        )
-        history = ClipHistory.unknown(shape[0], source.groups)
-        calls = 0
-        measured: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
-        for row, step in enumerate(source.read_steps(selected, progress)):
-            columns._take(row, step)
-            minibatches.see(selected[row], step)
-            call = step.recorded
-            if call is None:
-                continue
-            history.take(row, call)
-            calls += 1
-            if call.weight_norm is not None and call.update_norm is not None:
-                measured.append((call.weight_norm.copy(), call.update_norm.copy()))
-        weights, updates = (np.stack(norms) for norms in zip(*measured, strict=True)) if measured else (None, None)
-        known = history if calls == len(columns.labels) else None
-        return replace(columns, history=known, weight_norm=weights, update_norm=updates)
-
-    def _take(self, row: int, step: GradientStep) -> None:
-        self.index[row] = step.index
-        self.labels.append(step.label)
-        self.energy[row] = step.sum_squares
-        self.max_abs[row] = step.max_abs
-        self.zeros[row] = step.zeros
-        self.nan[row] = step.nan
-        self.inf[row] = step.inf
-        if step.present is not None:
-            self.present[row] = step.present
-            self.zeros[row] *= step.present
-
-    @property
-    def nonfinite(self) -> NDArray[np.int64]:
-        return self.nan + self.inf
-
-    def last(self) -> _Columns:
-        """The last step alone, as a gradient."""
-        return _Columns(
-            self.index[-1:],
-            self.labels[-1:],
-            self.energy[-1:],
-            self.max_abs[-1:],
-            self.zeros[-1:],
-            self.nan[-1:],
-            self.inf[-1:],
-            self.present[-1:],
-            self.history.last() if self.history is not None else None,
-        )
-
-    def norms(self, members: Sequence[int]) -> NDArray[np.float64]:
-        """The L2 norm of ``members`` together at every step: nan or inf where they hold such an element."""
-        energy = self.energy[:, members].sum(axis=1)
-        energy[self.inf[:, members].any(axis=1)] = math.inf
-        energy[self.nan[:, members].any(axis=1)] = math.nan
-        norms: NDArray[np.float64] = np.sqrt(energy)
-        return norms
-
-    def there(self, members: Sequence[int]) -> NDArray[np.bool_]:
-        """The steps at which any of ``members`` had a gradient."""
-        return np.asarray(self.present[:, members].any(axis=1))
-
-    def update_ratio(self, members: Sequence[int]) -> float | None:
-        """The median of ‖θ' − θ‖/‖θ‖ over the steps at which both are known of all ``members``."""
-        if self.weight_norm is None or self.update_norm is None:
-            return None
-        weights = np.sqrt(np.square(self.weight_norm[:, members]).sum(axis=1))
-        updates = np.sqrt(np.square(self.update_norm[:, members]).sum(axis=1))
-        known = (weights > 0.0) & ~np.isnan(updates)
-        return float(np.median(updates[known] / weights[known])) if known.any() else None
-
-
 def _gradients(
     source: GradientSource,
     selected: range,
@@ -215,42 +110,14 @@ def _gradients(
         selected = selected[max(0, place - NEIGHBOURHOOD) : place + 1]
     clip_groups = regroup(source.tensors, groups) if groups else source.groups
     minibatches = MinibatchMeter(source, TensorLayout.of(source.tensors, clip_groups))
-    columns = _Columns.read(source, selected, progress, minibatches)
+    columns = StepTable.read(source, selected, progress, [minibatches.see])
     shown = columns if at is None else columns.last()
-    summary = _summary(source.tensors, _members(source.tensors, clip_groups), shown, regrouped=bool(groups))
+    summary = _summary(source.tensors, members_of(source.tensors, clip_groups), shown, regrouped=bool(groups))
     if source.info.kind == "norm-log":
         summary = _without_elements(summary)
     if at is not None:
         return replace(summary, at=_step_rows(columns, elements=source.info.kind != "norm-log")), None, None
-    return summary, _recorded(source, columns), minibatches.report(progress)
-
-
-def _recorded(source: GradientSource, columns: _Columns) -> results.RecordedRun | None:
-    """What the run clipped, where every step tells."""
-    if columns.history is None:
-        return None
-    history, members = columns.history, _members(source.tensors, source.groups).values()
-    norms, max_abs = history.norm, history.max_abs
-    if not history.met:
-        norms = np.column_stack([columns.norms(group) for group in members])
-        max_abs = np.column_stack([columns.max_abs[:, group].max(axis=1, initial=0.0) for group in members])
-    joint = columns.norms(range(len(source.tensors)))
-    return describe_run(
-        history,
-        [group.name for group in source.groups],
-        columns.index,
-        # The square of a finite gradient may not be.
-        np.isfinite(joint),
-        norms,
-        max_abs,
-        joint,
-    )
-
-
-def _members(tensors: Sequence[TensorInfo], groups: Sequence[ClipGroup]) -> dict[str, list[int]]:
-    """The places of the tensors of each clip group."""
-    position = {tensor.name: i for i, tensor in enumerate(tensors)}
-    return {group.name: [position[name] for name in group.tensors] for group in groups}
+    return summary, recorded_run(source, columns), minibatches.report(progress)
 
 
 def _without_elements(summary: results.GradientSummary) -> results.GradientSummary:
@@ -268,7 +135,7 @@ def _without_elements(summary: results.GradientSummary) -> results.GradientSumma
 
 
 def _summary(
-    tensors: tuple[TensorInfo, ...], groups: Mapping[str, list[int]], columns: _Columns, regrouped: bool
+    tensors: tuple[TensorInfo, ...], groups: Mapping[str, list[int]], columns: StepTable, regrouped: bool
 ) -> results.GradientSummary:
     finite_steps = ~columns.nonfinite.any(axis=1)
     # Where no step is finite, the finite tensors of the broken ones are still worth their numbers.
@@ -347,7 +214,7 @@ def _summary(
 
 
 def _group_norms(
-    groups: Mapping[str, list[int]], columns: _Columns, counted: NDArray[np.bool_], regrouped: bool
+    groups: Mapping[str, list[int]], columns: StepTable, counted: NDArray[np.bool_], regrouped: bool
 ) -> dict[str, NDArray[np.float64]]:
     """The norms of each clip group at those of the ``counted`` steps at which it was there."""
     history = columns.history
@@ -378,7 +245,7 @@ def _rms(norms: NDArray[np.float64], numel: int) -> float:
     return float(np.sqrt(np.mean(np.square(norms)) / numel))
 
 
-def _step_rows(columns: _Columns, elements: bool) -> tuple[results.StepRow, ...]:
+def _step_rows(columns: StepTable, elements: bool) -> tuple[results.StepRow, ...]:
     norms = columns.norms(range(columns.energy.shape[1]))
     return tuple(
         results.StepRow(

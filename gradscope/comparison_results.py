@@ -1,0 +1,1 @@
+"""What ``compare`` returns: frozen dataclasses of plain numbers, named as in the JSON."""

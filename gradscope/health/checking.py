@@ -1,0 +1,97 @@
+"""Rules × evidence → ``Check``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from gradscope import results
+from gradscope.check_results import Check, Reading, RuleOutcome, RuleStatus, Severity
+from gradscope.gradients import GradientSource, Progress
+from gradscope.health.catalogue import RULES
+from gradscope.health.evidence import Evidence
+from gradscope.health.rule import Limits, Rule, Verdict
+from gradscope.health.settings import CheckSettings
+
+SCHEMA = "gradscope.check/1"
+
+
+def check(
+    sources: Sequence[GradientSource],
+    settings: CheckSettings | None = None,
+    *,
+    steps: str | slice | None = None,
+    progress: Progress | None = None,
+) -> Check:
+    """Judge each of ``sources`` by every rule that is asked for.
+
+    Raises GradscopeError for unusable steps, and for whatever a source finds wrong with its files.
+    """
+    settings = settings or CheckSettings()
+    outcomes: list[RuleOutcome] = []
+    for source in sources:
+        evidence = Evidence.gather(source, steps=steps, progress=progress)
+        outcomes += [_outcome(rule, evidence, settings) for rule in chosen_rules(settings)]
+    because = _failure(outcomes, settings)
+    warned = any(outcome.status == "warn" for outcome in outcomes)
+    return Check(
+        schema=SCHEMA,
+        status="fail" if because else "warn" if warned else "pass",
+        failed_because=because,
+        sources=tuple(results.Source(**asdict(source.info)) for source in sources),
+        rules=tuple(outcomes),
+        notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
+    )
+
+
+def chosen_rules(settings: CheckSettings) -> list[Rule]:
+    """The rules that are asked for, in the order of the catalogue."""
+    wanted = {rule.name for rule in RULES} if settings.select is None else set(settings.select)
+    return [rule for rule in RULES if rule.name in wanted - set(settings.ignore)]
+
+
+def _outcome(rule: Rule, evidence: Evidence, settings: CheckSettings) -> RuleOutcome:
+    severity: Severity = settings.severities.get(rule.name, rule.severity)
+    verdict = rule.judge(evidence, Limits({**rule.defaults(), **settings.limits.get(rule.name, {})}))
+    shown = _shown(verdict)
+    return RuleOutcome(
+        rule=rule.name,
+        severity=severity,
+        status=_status(verdict, severity),
+        value=shown.value,
+        limit=shown.limit,
+        where=shown.where,
+        steps=shown.steps,
+        message=shown.message,
+        violations=verdict.violations,
+        path=evidence.source.info.path,
+    )
+
+
+def _status(verdict: Verdict, severity: Severity) -> RuleStatus:
+    if verdict.skipped is not None:
+        return "skipped"
+    if not verdict.violations:
+        return "pass"
+    return "fail" if severity == "error" else "warn"
+
+
+def _shown(verdict: Verdict) -> Reading:
+    if verdict.skipped is not None:
+        return Reading(None, None, None, None, verdict.skipped)
+    if verdict.violations:
+        return verdict.violations[0]
+    assert verdict.nearest is not None
+    return verdict.nearest
+
+
+def _failure(outcomes: Sequence[RuleOutcome], settings: CheckSettings) -> str | None:
+    """Why the check as a whole fails, if it does."""
+    reached = [outcome.status for outcome in outcomes]
+    if "fail" in reached:
+        return f"{reached.count('fail')} failed"
+    if settings.fail_on == "warn" and "warn" in reached:
+        return f"{reached.count('warn')} warned, which is a failure here"
+    if settings.strict and "skipped" in reached:
+        return f"{reached.count('skipped')} skipped, which is a failure with --strict"
+    return None

@@ -1,0 +1,129 @@
+"""What the rules are judged by: one reading of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope import forensics, results
+from gradscope.clipping.layout import TensorLayout
+from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.noise_scale import MinibatchMeter
+from gradscope.optimizer_state import OptimizerState
+from gradscope.selection import select_steps
+from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.step_table import StepTable, recorded_run
+from gradscope.tensors import TensorInfo
+
+# Spectra of more steps than these tell nothing new of a distribution.
+MOST_SAMPLED = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What one source holds, read once.
+
+    ``table`` is None where it holds no gradients.  ``layers`` maps each layer to the places of its tensors, in module
+    order; empty for a log of norms, whose series are no layers.  ``spectra`` are of each tensor (None: not known),
+    merged over the ``sampled`` rows of the table, evenly spaced among those that hold spectra of tensors.
+    ``recorded`` is what a recording clipped itself, ``minibatches`` what a captured batch tells of noise.
+    ``optimizers`` and ``reports`` (their forensics) are those of a checkpoint.
+    """
+
+    source: GradientSource
+    table: StepTable | None
+    layers: Mapping[str, list[int]]
+    spectra: tuple[MagnitudeSpectrum | None, ...]
+    sampled: NDArray[np.int64]
+    recorded: results.RecordedRun | None
+    minibatches: results.MinibatchNoise | None
+    weights: Weights | None
+    optimizers: tuple[OptimizerState, ...]
+    reports: tuple[results.OptimizerReport, ...]
+
+    @classmethod
+    def gather(
+        cls, source: GradientSource, *, steps: str | slice | None = None, progress: Progress | None = None
+    ) -> Evidence:
+        """Read the ``steps`` (``"A:B"``) of ``source``, its weights and its optimizers.
+
+        Raises GradscopeError for unusable steps, and for whatever the source finds wrong with its files.
+        """
+        weights = source.weights(progress)
+        optimizers = source.optimizers(progress)
+        table, minibatches, sample = None, None, _SpectraSample(len(source.tensors), 0)
+        if source.tensors:
+            selected = select_steps(steps, source.info.steps)
+            meter = MinibatchMeter(source, TensorLayout.of(source.tensors, source.groups))
+            sample = _SpectraSample(len(source.tensors), len(selected))
+            table = StepTable.read(source, selected, progress, [meter.see, sample.see])
+            minibatches = meter.report(progress)
+        return cls(
+            source=source,
+            table=table,
+            layers=_layers(source.tensors) if source.info.kind != "norm-log" else {},
+            spectra=sample.merged(),
+            sampled=np.array(sample.rows, dtype=np.int64),
+            recorded=recorded_run(source, table) if table is not None else None,
+            minibatches=minibatches,
+            weights=weights,
+            optimizers=optimizers,
+            reports=tuple(forensics.analyse(state) for state in optimizers),
+        )
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The gradient tensors; arrays of the table have a column for each."""
+        return self.source.tensors
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """The steps without NaN or Inf whose squared norm exists, bool [steps]."""
+        assert self.table is not None
+        return np.isfinite(self.table.norms(range(len(self.tensors))))
+
+    def steps_of(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[int, int] | None:
+        """The first and the last step, by their index, of these rows of the table; None where there is none."""
+        if self.table is None or not len(rows):
+            return None
+        return int(self.table.index[min(rows)]), int(self.table.index[max(rows)])
+
+
+@dataclass(slots=True, eq=False)
+class _SpectraSample:
+    """Merges the spectra of tensors at evenly spaced steps; an observer of the steps as they are read."""
+
+    tensors: int
+    steps: int
+    rows: list[int] = field(default_factory=list)
+    _spectra: list[list[MagnitudeSpectrum]] = field(default_factory=list)
+    _seen: int = 0
+
+    def see(self, position: int, step: GradientStep) -> None:
+        """Take in a step while it is in memory."""
+        row, self._seen = self._seen, self._seen + 1
+        if len(step.spectra) != self.tensors or row * MOST_SAMPLED < len(self.rows) * self.steps:
+            return
+        if not self._spectra:
+            self._spectra = [[] for _ in range(self.tensors)]
+        self.rows.append(row)
+        for i, kept in enumerate(self._spectra):
+            spectrum = step.spectra[i]
+            if spectrum is not None and (step.present is None or step.present[i]):
+                kept.append(spectrum)
+
+    def merged(self) -> tuple[MagnitudeSpectrum | None, ...]:
+        """One spectrum per tensor, of all the steps taken in; None where there was none."""
+        if not self._spectra:
+            return (None,) * self.tensors
+        return tuple(MagnitudeSpectrum.merge(kept) if kept else None for kept in self._spectra)
+
+
+def _layers(tensors: Sequence[TensorInfo]) -> dict[str, list[int]]:
+    layers: dict[str, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        layers.setdefault(tensor.layer, []).append(place)
+    return layers
