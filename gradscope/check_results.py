@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from gradscope.results import Source
 
-Severity = Literal["error", "warn"]
-RuleStatus = Literal["pass", "warn", "fail", "skipped"]
+Severity: TypeAlias = Literal["error", "warn"]
+RuleStatus: TypeAlias = Literal["pass", "warn", "fail", "skipped"]
+
+_TALLIED: tuple[tuple[RuleStatus, str], ...] = (
+    ("fail", "failed"),
+    ("pass", "passed"),
+    ("warn", "warned"),
+    ("skipped", "skipped"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +55,34 @@ class RuleOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitInForce:
+    """A limit of a rule as it was applied, and what it bounds."""
+
+    name: str
+    value: float | str
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuleText:
+    """What a rule is, for readers of its outcome: ``about``, ``formula`` and ``source`` as in ``health.rule.Rule``."""
+
+    rule: str
+    severity: Severity
+    about: str
+    formula: str
+    source: str
+    limits: tuple[LimitInForce, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """What ``gradscope check`` found; true where the run is healthy.
 
     ``status`` is ``"fail"`` where a rule of severity ``error`` failed, one warned and the check fails on warnings, or
     one was skipped and the check is strict.  ``failed_because`` says which of these.  ``rules`` stand source by
-    source, each in the order of the catalogue; ``notes`` are what the sources say about themselves.
+    source, the same rules for each, in the order of the catalogue; ``notes`` are what the sources say about
+    themselves.  ``catalogue`` describes the rules that were asked for.
     """
 
     schema: str
@@ -62,9 +91,28 @@ class Check:
     sources: tuple[Source, ...]
     rules: tuple[RuleOutcome, ...]
     notes: tuple[str, ...] = ()
+    catalogue: tuple[RuleText, ...] = ()
+    strict: bool = False
+    fail_on: Literal["error", "warn"] = "error"
 
     def __bool__(self) -> bool:
         return self.status != "fail"
+
+    @property
+    def tally(self) -> str:
+        """``2 failed, 6 passed, 1 warned, 9 skipped``: what there is none of is left out, but for what passed."""
+        counted = [(status, word, self.count(status)) for status, word in _TALLIED]
+        return ", ".join(f"{n} {word}" for status, word, n in counted if n or status == "pass")
+
+    def fails_for(self, outcome: RuleOutcome) -> bool:
+        """Whether this outcome makes the check a failure."""
+        failing = {"fail", *["warn"] * (self.fail_on == "warn"), *["skipped"] * self.strict}
+        return outcome.status in failing
+
+    def by_source(self) -> tuple[tuple[Source, tuple[RuleOutcome, ...]], ...]:
+        """Each source with the outcomes on it."""
+        each = len(self.rules) // max(1, len(self.sources))
+        return tuple((source, self.rules[i * each : (i + 1) * each]) for i, source in enumerate(self.sources))
 
     def count(self, status: RuleStatus) -> int:
         """How many rules ended so."""

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from gradscope import results
-from gradscope.check_results import Check, Reading, RuleOutcome, RuleStatus, Severity
+from gradscope.check_results import (
+    Check,
+    LimitInForce,
+    Reading,
+    RuleOutcome,
+    RuleStatus,
+    RuleText,
+    Severity,
+)
 from gradscope.gradients import GradientSource, Progress
 from gradscope.health.catalogue import RULES
 from gradscope.health.evidence import Evidence
@@ -41,6 +49,9 @@ def check(
         sources=tuple(results.Source(**asdict(source.info)) for source in sources),
         rules=tuple(outcomes),
         notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
+        catalogue=tuple(_text(rule, settings) for rule in chosen_rules(settings)),
+        strict=settings.strict,
+        fail_on=settings.fail_on,
     )
 
 
@@ -66,6 +77,13 @@ def _outcome(rule: Rule, evidence: Evidence, settings: CheckSettings) -> RuleOut
         violations=verdict.violations,
         path=evidence.source.info.path,
     )
+
+
+def _text(rule: Rule, settings: CheckSettings) -> RuleText:
+    given = settings.limits.get(rule.name, {})
+    limits = tuple(LimitInForce(limit.name, given.get(limit.name, limit.default), limit.about) for limit in rule.limits)
+    severity = settings.severities.get(rule.name, rule.severity)
+    return RuleText(rule.name, severity, rule.about, rule.formula, rule.source, limits)
 
 
 def _status(verdict: Verdict, severity: Severity) -> RuleStatus:
