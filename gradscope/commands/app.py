@@ -10,12 +10,12 @@ import typer
 from typer.core import TyperGroup
 
 from gradscope.commands.export import export
-from gradscope.commands.failures import nearest
 from gradscope.commands.inspect import inspect
 from gradscope.commands.record import record
 from gradscope.commands.several_values import SeveralValues
 from gradscope.commands.simulate import simulate
 from gradscope.errors import GradscopeError
+from gradscope.nearest import nearest
 
 
 class _Commands(TyperGroup):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 
 import typer
 
 from gradscope.errors import GradscopeError
+from gradscope.nearest import nearest
 from gradscope.printable import printable
 
 # Typer carries its own copy of click from 0.2x on, so click's classes are reached through typer's.
@@ -30,12 +29,6 @@ def as_gradscope_error(error: Exception) -> GradscopeError:
         return _usage_error(error)
     why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return GradscopeError("internal", f"{why}; rerun with --debug")
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """A hint that names what ``word`` may have meant."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else None
 
 
 def _usage_error(error: Exception) -> GradscopeError:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import glob
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from gradscope.errors import GradscopeError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from gradscope.project_file import ProjectFile, nearest_project
 
 
 def default_source(directory: Path | None = None) -> tuple[Path, str]:
@@ -26,27 +20,19 @@ def default_source(directory: Path | None = None) -> tuple[Path, str]:
         GradscopeError: there is neither, or the ``pyproject.toml`` is damaged.
     """
     directory = Path.cwd() if directory is None else directory
-    for folder in (directory, *directory.absolute().parents):
-        project = folder / "pyproject.toml"
-        if project.is_file():
-            configured = _configured_source(project)
-            if configured is not None:
-                path = _relative(project.parent / configured, directory)
-                return path, f"Using {path} (source in {_relative(project, directory)})"
-            break
+    project = nearest_project(directory)
+    configured = _configured_source(project) if project is not None else None
+    if project is not None and configured is not None:
+        path = _relative(project.directory / configured, directory)
+        return path, f"Using {path} (source in {_relative(project.path, directory)})"
     return _newest_trace(directory)
 
 
-def _configured_source(project: Path) -> str | None:
-    try:
-        settings: Any = tomllib.loads(project.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GradscopeError(str(project), f"cannot be read ({error})") from None
-    for key in ("tool", "gradscope", "source"):
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    if settings is not None and not isinstance(settings, str):
-        raise GradscopeError(str(project), "source in [tool.gradscope] must be a path")
-    return settings
+def _configured_source(project: ProjectFile) -> str | None:
+    source = project.settings.get("source")
+    if source is not None and not isinstance(source, str):
+        raise GradscopeError(str(project.path), "source in [tool.gradscope] must be a path")
+    return source
 
 
 def _relative(path: Path, directory: Path) -> Path:
