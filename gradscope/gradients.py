@@ -165,7 +165,8 @@ class GradientSource(ABC):
     ``tensors`` describes the gradient tensors and is empty where the source holds none.  ``groups`` are its clip
     groups.  ``skipped`` names what was left out and why (``"step: int64"``); ``findings`` are sentences about what is
     wrong with the run, most important first, and ``notes`` what else the reader should know.  ``lint`` is what a
-    recording noticed about how the run clips, one entry per rule; its sentences are among the findings.
+    recording noticed about how the run clips, one entry per rule; its sentences are among the findings.  ``ranks`` is
+    how many processes trained, where that is known.
     """
 
     info: SourceInfo
@@ -175,6 +176,7 @@ class GradientSource(ABC):
     notes: tuple[str, ...] = field(default=())
     findings: tuple[str, ...] = ()
     lint: tuple[LintFinding, ...] = ()
+    ranks: int | None = None
     # What progress counts.
     read_unit: ClassVar[str] = "bytes"
     # Whether the steps followed one another in a run; the minibatches of one batch did not.

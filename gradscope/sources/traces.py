@@ -62,6 +62,7 @@ def open_trace(path: Path) -> RecordedTrace:
         notes=(*run.notes, *_sampled(run), *_after_clipping(run), *_unfinished(run)),
         findings=tuple(finding.message for finding in run.findings),
         lint=run.findings,
+        ranks=run.metadata.world_size,
         run=run,
     )
 
