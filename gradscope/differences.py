@@ -21,6 +21,8 @@ MOST_SEGMENTS = 8
 # Fewer values in a segment say little of how they scatter in it.
 VALUES_PER_SEGMENT = 8
 FEWEST_VALUES = 4
+# Of as many independent values a segment's mean is told from its noise.
+INDEPENDENT_PER_SEGMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +45,22 @@ class Course:
     def of(cls, series: FloatArray) -> Course:
         """The course of ``series``, float64 [steps], finite, or NaN where it is not known."""
         values = np.asarray(series, dtype=np.float64)
-        known = int(np.count_nonzero(~np.isnan(values)))
+        here = ~np.isnan(values)
+        known = int(np.count_nonzero(here))
         segments = MOST_SEGMENTS
         while segments > 1 and known < VALUES_PER_SEGMENT * segments:
             segments //= 2
-        # Where a value lies in its run, so that a run of any length divides alike.
-        place = (np.arange(len(values)) * segments) // max(1, len(values))
-        here = ~np.isnan(values)
-        values, place = values[here], place[here]
+        course = cls._divided(values, here, segments)
+        while segments > 1 and course.effective < INDEPENDENT_PER_SEGMENT * segments:
+            segments //= 2
+            course = cls._divided(values, here, segments)
+        return course
+
+    @classmethod
+    def _divided(cls, values: FloatArray, here: NDArray[np.bool_], segments: int) -> Course:
+        # Where a value lies in its run, known or not, so that runs of any length divide alike.
+        place = ((np.arange(len(values)) * segments) // max(1, len(values)))[here]
+        values = values[here]
         counts = np.bincount(place, minlength=segments)
         means = np.full(segments, math.nan)
         np.divide(np.bincount(place, weights=values, minlength=segments), counts, out=means, where=counts > 0)
@@ -164,15 +174,29 @@ def student_quantile(p: float, freedom: float) -> float:
 
 def _noise(residuals: FloatArray, segments: int) -> tuple[float, float, float]:
     """The long-run variance of ``residuals`` about ``segments`` means, its degrees of freedom, the effective size."""
-    spare = len(residuals) - segments
-    if len(residuals) < FEWEST_VALUES or spare < 1:
-        return math.inf, 0.0, float(len(residuals))
+    n = len(residuals)
+    if n < max(FEWEST_VALUES, segments + 2):
+        return math.inf, 0.0, float(n)
     # Means of equal values differ from them by a rounding error.
     if np.abs(residuals).max() <= 1e-12:
         return 0.0, math.inf, 1.0
-    effective = effective_sample_size(residuals)
-    time = len(residuals) / effective
-    return float(np.square(residuals).sum()) / spare * time, max(1.0, spare / time), effective
+    time = max(n / effective_sample_size(residuals), _autoregressive_time(residuals, segments))
+    # A mean takes the variance of τ values with it.
+    spare = max(n - segments * time, 1.0)
+    return float(np.square(residuals).sum()) / spare * time, max(1.0, spare / time), n / time
+
+
+def _autoregressive_time(residuals: FloatArray, segments: int) -> float:
+    """(1+φ)/(1−φ) of a first-order autoregression, φ corrected for the means removed.
+
+    Removing a mean of m values lowers φ by about (1+4φ)/m (Kendall 1954): without this, short segments hide the
+    longest correlations from any estimate.
+    """
+    n = len(residuals)
+    phi = float(residuals[1:] @ residuals[:-1]) / float(residuals @ residuals)
+    phi += (1.0 + 4.0 * phi) * segments / n
+    phi = min(max(0.0, phi), 1.0 - segments / n)
+    return (1.0 + phi) / (1.0 - phi)
 
 
 def _variance_of_mean(course: Course, known: Sequence[int]) -> float:
