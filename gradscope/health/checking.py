@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from gradscope import results
 from gradscope.check_results import (
@@ -21,27 +22,48 @@ from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limits, Rule, Verdict
 from gradscope.health.settings import CheckSettings
 
+if TYPE_CHECKING:
+    from gradscope.health.baselines import Baseline
+
 SCHEMA = "gradscope.check/1"
 
 
 def check(
-    sources: Sequence[GradientSource],
+    sources: Iterable[GradientSource],
     settings: CheckSettings | None = None,
     *,
     steps: str | slice | None = None,
     progress: Progress | None = None,
 ) -> Check:
-    """Judge each of ``sources`` by every rule that is asked for.
+    """Read each of ``sources`` and judge it by every rule that is asked for.
 
-    Raises GradscopeError for unusable steps, and for whatever a source finds wrong with its files.
+    Raises GradscopeError for unusable steps, for an unreadable baseline, and for whatever a source finds wrong with its
+    files.
     """
     settings = settings or CheckSettings()
-    outcomes: list[RuleOutcome] = []
-    for source in sources:
-        evidence = Evidence.gather(source, steps=steps, progress=progress)
-        outcomes += [_outcome(rule, evidence, settings) for rule in chosen_rules(settings)]
+    baseline = wanted_baseline(settings)
+    gathered = [Evidence.gather(source, steps=steps, baseline=baseline, progress=progress) for source in sources]
+    return judge(gathered, settings)
+
+
+def wanted_baseline(settings: CheckSettings) -> Baseline | None:
+    """The baseline to compare with; None where there is none, or no rule asks for it.
+
+    Raises GradscopeError where it cannot be read.
+    """
+    if settings.baseline is None or not settings.asks_for("drift"):
+        return None
+    from gradscope.health.baselines import read_baseline
+
+    return read_baseline(settings.baseline)
+
+
+def judge(gathered: Sequence[Evidence], settings: CheckSettings) -> Check:
+    """Judge what was read of each source by every rule that is asked for."""
+    outcomes = [_outcome(rule, evidence, settings) for evidence in gathered for rule in chosen_rules(settings)]
     because = _failure(outcomes, settings)
     warned = any(outcome.status == "warn" for outcome in outcomes)
+    sources = [evidence.source for evidence in gathered]
     return Check(
         schema=SCHEMA,
         status="fail" if because else "warn" if warned else "pass",
@@ -49,7 +71,7 @@ def check(
         sources=tuple(results.Source(**asdict(source.info)) for source in sources),
         rules=tuple(outcomes),
         notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
-        catalogue=tuple(_text(rule, settings) for rule in chosen_rules(settings)),
+        catalogue=rule_texts(settings),
         strict=settings.strict,
         fail_on=settings.fail_on,
     )
@@ -57,8 +79,12 @@ def check(
 
 def chosen_rules(settings: CheckSettings) -> list[Rule]:
     """The rules that are asked for, in the order of the catalogue."""
-    wanted = {rule.name for rule in RULES} if settings.select is None else set(settings.select)
-    return [rule for rule in RULES if rule.name in wanted - set(settings.ignore)]
+    return [rule for rule in RULES if settings.asks_for(rule.name)]
+
+
+def rule_texts(settings: CheckSettings) -> tuple[RuleText, ...]:
+    """What the rules that are asked for are, with severity and limits as they are in force."""
+    return tuple(_text(rule, settings) for rule in chosen_rules(settings))
 
 
 def _outcome(rule: Rule, evidence: Evidence, settings: CheckSettings) -> RuleOutcome:

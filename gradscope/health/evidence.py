@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.step_table import StepTable, recorded_run
 from gradscope.tensors import TensorInfo
 
+if TYPE_CHECKING:
+    from gradscope.health.baselines import Baseline
+
 # Spectra of more steps than these tell nothing new of a distribution.
 MOST_SAMPLED = 64
 
@@ -30,7 +34,7 @@ class Evidence:
     order; empty for a log of norms, whose series are no layers.  ``spectra`` are of each tensor (None: not known),
     merged over the ``sampled`` rows of the table, evenly spaced among those that hold spectra of tensors.
     ``recorded`` is what a recording clipped itself, ``minibatches`` what a captured batch tells of noise.
-    ``optimizers`` and ``reports`` (their forensics) are those of a checkpoint.
+    ``optimizers`` and ``reports`` (their forensics) are those of a checkpoint.  ``baseline`` is what to compare with.
     """
 
     source: GradientSource
@@ -43,10 +47,16 @@ class Evidence:
     weights: Weights | None
     optimizers: tuple[OptimizerState, ...]
     reports: tuple[results.OptimizerReport, ...]
+    baseline: Baseline | None = None
 
     @classmethod
     def gather(
-        cls, source: GradientSource, *, steps: str | slice | None = None, progress: Progress | None = None
+        cls,
+        source: GradientSource,
+        *,
+        steps: str | slice | None = None,
+        baseline: Baseline | None = None,
+        progress: Progress | None = None,
     ) -> Evidence:
         """Read the ``steps`` (``"A:B"``) of ``source``, its weights and its optimizers.
 
@@ -72,6 +82,7 @@ class Evidence:
             weights=weights,
             optimizers=optimizers,
             reports=tuple(forensics.analyse(state) for state in optimizers),
+            baseline=baseline,
         )
 
     @property
