@@ -8,7 +8,10 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; 0 done, 2 unusable input or options, 130 interrupted."""
+    """Run the command line; 0 done, 1 an unhealthy run, 2 unusable input or options, 130 interrupted.
+
+    ``record`` ends as the command that it ran.
+    """
     debug = "--debug" in itertools.takewhile(lambda word: word != "--", sys.argv[1:])
     if sys.argv[1:2] != ["record"] and not any(word.startswith("--batch") for word in sys.argv):
         # No matrix is multiplied here: numpy need not start a thread for every core.  A recorded command may want them.

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gradscope.commands.check import check
 from gradscope.commands.export import export
 from gradscope.commands.inspect import inspect
 from gradscope.commands.record import record
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command(cls=SeveralValues)(inspect)
 app.command(cls=SeveralValues)(simulate)
+app.command(cls=SeveralValues)(check)
 # Options behind the command's first word are the command's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
 app.command()(export)

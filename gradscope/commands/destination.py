@@ -65,12 +65,23 @@ class Destination:
             by=by,
             top=top,
             sort=sort,
-            width=_width(sys.stdout if self.file is None else None),
+            width=self.width,
             colour=colour,
             unicode=self.file is not None or _carries_unicode(sys.stdout),
             opening=opening if self.format == "table" else "",
         )
-        text = VIEWS[self.format](result, choices)
+        self.write(VIEWS[self.format](result, choices))
+
+    @property
+    def width(self) -> int:
+        """How many cells a line may take."""
+        return _width(sys.stdout if self.file is None else None)
+
+    def write(self, text: str) -> None:
+        """Write ``text``: all of it or, to a file, nothing.
+
+        Raises GradscopeError if that is not possible.
+        """
         if self.file is None:
             _write_to_stdout(text)
             return

@@ -45,6 +45,23 @@ def choose_source(
     return _open(path, read_as, weights, tag, batch), "" if quiet else sentence
 
 
+def choose_sources(
+    paths: list[str] | None, as_: ReadAs | None, quiet: bool, tag: str | None = None, batch: BatchOptions | None = None
+) -> tuple[list[GradientSource], str]:
+    """As :func:`choose_source`, with each of ``paths`` a source by itself, but for single dumps: they are steps of one.
+
+    Raises GradscopeError if there is none, or one cannot be read.
+    """
+    if paths is None or len(paths) == 1:
+        source, opening = choose_source(paths, as_, quiet, tag=tag, batch=batch)
+        return [source], opening
+    if batch is not None:
+        return [choose_source([path], as_, quiet, tag=tag, batch=batch)[0] for path in paths], ""
+    from gradscope.sources.opening_each import open_each
+
+    return open_each(paths, as_=as_.value if as_ else None, tag=tag), ""
+
+
 def _open(
     source: Any,
     as_: Literal["gradients", "weights"] | None,

@@ -13,6 +13,8 @@ from gradscope.clipping.catalogue import POLICIES
 
 _POLICY = re.compile(r"[a-z][a-z_-]*:[^/\\]*")
 _GROUP = re.compile(r"[\w.-]+=.+")
+_RULE_LIMIT = re.compile(r"[\w-]+\.[\w-]+=.*")
+_RULE_NAMES = re.compile(r"[a-z]+(-[a-z]+)*(,[a-z]+(-[a-z]+)*)*")
 _POLICY_NAMES = {rule.name for rule in POLICIES}
 
 
@@ -35,12 +37,25 @@ def is_group(text: str) -> bool:
     return bool(_GROUP.fullmatch(text)) and not os.path.exists(text)
 
 
+def is_rule_limit(text: str) -> bool:
+    """Whether ``text`` is written like RULE.LIMIT=VALUE and is no file."""
+    return bool(_RULE_LIMIT.fullmatch(text)) and not os.path.exists(text)
+
+
+def is_rule_names(text: str) -> bool:
+    """Whether ``text`` is written like RULE or RULE,RULE and is no file."""
+    return bool(_RULE_NAMES.fullmatch(text)) and not os.path.exists(text)
+
+
 TAKES_SEVERAL: Mapping[str, Callable[[str], bool]] = {
     "--max-norm": is_number,
     "--max-grad-norm": is_number,
     "--clip-value": is_number,
     "--policy": is_policy,
     "--groups": is_group,
+    "--rule": is_rule_limit,
+    "--select": is_rule_names,
+    "--ignore": is_rule_names,
 }
 
 

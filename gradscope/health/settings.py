@@ -139,7 +139,7 @@ def _from_table(table: Mapping[str, Any], directory: Path) -> CheckSettings:
             known = [*_OPTIONS, *(rule.name for rule in RULES)]
             raise GradscopeError(key, "is no rule and no setting", nearest(key, known) or _LIST_RULES)
         if not isinstance(value, dict):
-            raise GradscopeError(key, "must be a table", f"for example {key}.{_find_rule(key).limits[0].name} = …")
+            raise GradscopeError(key, "must be a table", f"for example {key}.{find_rule(key).limits[0].name} = …")
         for name, given in value.items():
             settings = settings.with_rule(f"{key}.{name}", given)
     baseline = _of_kind(table, "baseline", str)
@@ -173,10 +173,14 @@ def _names(table: Mapping[str, Any], key: str) -> list[str] | None:
 
 
 def _known(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_find_rule(name).name for name in names))
+    return tuple(dict.fromkeys(find_rule(name).name for name in names))
 
 
-def _find_rule(name: str) -> Rule:
+def find_rule(name: str) -> Rule:
+    """The rule of this name.
+
+    Raises GradscopeError that names the nearest one.
+    """
     rule = next((rule for rule in RULES if rule.name == name), None)
     if rule is None:
         known = [rule.name for rule in RULES]
@@ -190,7 +194,7 @@ def _find(key: str) -> tuple[Rule, Limit | None]:
     if not dot:
         raise GradscopeError(key, "is not of the form NAME.LIMIT", "for example clip-rate.max")
     try:
-        rule = _find_rule(name)
+        rule = find_rule(name)
     except GradscopeError as error:
         raise GradscopeError(key, f"no rule is called {name}", error.hint) from None
     limits = {limit.name: limit for limit in rule.limits}

@@ -1,0 +1,46 @@
+"""Several paths, each a source by itself; only single gradient dumps belong together, as the steps of one run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradscope.gradients import GradientSource
+from gradscope.sources.dumps import GradientDumps
+from gradscope.sources.opening import As, open_source
+from gradscope.sources.step_files import is_glob, paths_of_glob
+
+Pathlike = str | os.PathLike[str]
+
+
+def open_each(
+    paths: Sequence[Pathlike], *, as_: As | str | None = None, tag: str | None = None
+) -> list[GradientSource]:
+    """The sources at ``paths`` (or quoted globs), in order; the gradient dumps of one step among them are one source.
+
+    It stands where the first of them was named.
+
+    Raises:
+        GradscopeError: as ``open_source``.
+    """
+    named = [path for given in paths for path in _meant(given)]
+    opened = [_kept(open_source(path, as_=as_, tag=tag)) for path in named]
+    dumps = [path for path, source in zip(named, opened, strict=True) if source is None]
+    first = opened.index(None) if dumps else 0
+    together = [open_source(dumps, as_=as_, tag=tag)] if dumps else []
+    return [*_present(opened[:first]), *together, *_present(opened[first:])]
+
+
+def _meant(given: Pathlike) -> list[Path]:
+    path = Path(given)
+    return paths_of_glob(str(path)) if is_glob(str(path)) and not os.path.lexists(path) else [path]
+
+
+def _kept(source: GradientSource) -> GradientSource | None:
+    """None for a dump of one step, which is opened again with the others: thousands need not lie in memory."""
+    return None if isinstance(source, GradientDumps) and source.info.steps == 1 else source
+
+
+def _present(sources: Sequence[GradientSource | None]) -> list[GradientSource]:
+    return [source for source in sources if source is not None]
