@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from gradscope import results
+from gradscope.check_results import Check
 from gradscope.printable import printable
 from gradscope.spread import Spread
 from gradscope.views.choices import By, ViewChoices
@@ -27,6 +28,9 @@ SIMULATION_COLUMNS = (
     "direction_change_error_deg",
     "clipped_elements", "clipped_elements_error", "steps",
     "update_direction_change_deg_p50", "update_direction_change_deg_max",
+)  # fmt: skip
+CHECK_COLUMNS = (
+    "source", "rule", "severity", "status", "value", "limit", "where", "first_step", "last_step", "message",
 )  # fmt: skip
 
 
@@ -217,6 +221,27 @@ def _update_direction(change: Spread | None) -> Record:
     if change is None:
         return {}
     return {"update_direction_change_deg_p50": change.p50, "update_direction_change_deg_max": change.max}
+
+
+def check_csv(check: Check) -> str:
+    """One row per violation; of a rule without any, one row."""
+    return _csv(_check_records(check), CHECK_COLUMNS)
+
+
+def _check_records(check: Check) -> Iterator[Record]:
+    for outcome in check.rules:
+        for reading in outcome.violations or (outcome,):
+            yield {
+                "source": outcome.path,
+                "rule": outcome.rule,
+                "severity": outcome.severity,
+                "status": outcome.status,
+                "value": reading.value,
+                "limit": reading.limit,
+                "where": reading.where,
+                **(_steps(reading.steps) if reading.steps else {}),
+                "message": reading.message,
+            }
 
 
 def _safe(cell: Cell) -> Cell:

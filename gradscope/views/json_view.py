@@ -6,17 +6,28 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING
+from typing import get_args
 
-if TYPE_CHECKING:
-    from gradscope.results import Inspection, Simulation
+from gradscope.check_results import Check, RuleStatus
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 
-def json_text(result: Inspection | Simulation) -> str:
-    """The whole result; no choice of rows applies, since the keys are stable."""
-    return json.dumps(plain(result), indent=2, allow_nan=False) + "\n"
+def json_text(result: object) -> str:
+    """The whole of a result, a dataclass; no choice of rows applies, since the keys are stable."""
+    return _text(plain(result))
+
+
+def check_json(check: Check) -> str:
+    """The whole check, and how many of its rules ended how."""
+    told = plain(check)
+    assert isinstance(told, dict)
+    statuses: tuple[RuleStatus, ...] = get_args(RuleStatus)
+    return _text({**told, "counts": {status: check.count(status) for status in statuses}})
+
+
+def _text(value: JsonValue) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def plain(value: object) -> JsonValue:

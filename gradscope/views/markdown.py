@@ -31,7 +31,7 @@ def _paragraphs(blocks: Sequence[Block]) -> Iterator[list[str]]:
     said: set[str] = set()
     for block in blocks:
         if isinstance(block, Sentence) and block.finding:
-            listed.append(f"- {escaped(block.text)}")
+            listed.append(f"- {_headed(block)}")
             continue
         if listed:
             yield listed
@@ -43,8 +43,8 @@ def _paragraphs(blocks: Sequence[Block]) -> Iterator[list[str]]:
 
 def _paragraph(block: Block, said: set[str]) -> Iterator[list[str]]:
     if isinstance(block, Sentence):
-        text = escaped(block.text)
-        yield [f"**{text}**" if block.tone == "strong" else text]
+        text = _headed(block)
+        yield [f"**{text}**" if block.tone == "strong" and not block.head else text]
     elif isinstance(block, Table):
         if block.title:
             yield [f"**{escaped(block.title)}**"]
@@ -53,6 +53,11 @@ def _paragraph(block: Block, said: set[str]) -> Iterator[list[str]]:
             yield [f"_{escaped(footnote)}_"]
     else:
         yield _histogram_lines(block)
+
+
+def _headed(sentence: Sentence) -> str:
+    text = escaped(sentence.text)
+    return f"**{escaped(sentence.head)}**: {text}" if sentence.head else text
 
 
 def _table_lines(table: Table) -> list[str]:

@@ -66,11 +66,15 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A line of prose; findings carry a ``▸``."""
+    """A line of prose; findings carry a ``▸``.
+
+    ``head`` is a name before the text; where there is one, the tone is the head's alone.
+    """
 
     text: str
     finding: bool = False
     tone: Tone = "plain"
+    head: str = ""
 
 
 Block = Sentence | Table | Histogram

@@ -90,13 +90,14 @@ def spelled(text: str, choices: ViewChoices) -> str:
 def _sentence(sentence: Sentence, choices: ViewChoices) -> Iterator[Line]:
     width = min(choices.width, WIDEST_PROSE)
     style = _STYLES[sentence.tone]
-    text = spelled(sentence.text, choices)
-    if not sentence.finding:
-        yield from ([(line, style)] for line in wrapped(text, width))
-        return
-    first, *others = wrapped(text, width - GAP)
-    yield [(spelled("▸", choices), "bold"), (" " + first, style)]
-    yield from ([(MARGIN + line, style)] for line in others)
+    head = spelled(sentence.head, choices)
+    text = spelled(f"{sentence.head}: {sentence.text}" if head else sentence.text, choices)
+    first, *others = wrapped(text, width - GAP if sentence.finding else width)
+    marked: Line = [(spelled("▸", choices), "bold"), (" ", "")] if sentence.finding else []
+    margin, style_after = MARGIN if sentence.finding else "", "" if head else style
+    named = len(head) if first.startswith(head) else 0
+    yield [*marked, (first[:named], style), (first[named:], style_after)]
+    yield from ([(margin + line, style_after)] for line in others)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
