@@ -59,7 +59,7 @@ def simulate(
     """
     if convention not in ("exact", "torch"):
         raise GradscopeError(f"--convention {convention}", "must be exact or torch")
-    chosen = _chosen(policies)
+    chosen = chosen_policies(policies)
     _require_gradients(source, chosen)
     own = tuple[str, ...]()
     if not chosen:
@@ -103,7 +103,11 @@ def simulate(
     return replace(simulation, findings=source.findings + simulation_findings(simulation))
 
 
-def _chosen(policies: object) -> tuple[Policy, ...]:
+def chosen_policies(policies: object) -> tuple[Policy, ...]:
+    """Policies, or one, as objects or in their notation.
+
+    Raises GradscopeError for what is none.
+    """
     given = [policies] if isinstance(policies, str | Policy) else policies
     if not isinstance(given, Iterable):
         raise GradscopeError("policies", f"must be a list of policies, not {given!r}", POLICY_HINT)
