@@ -48,7 +48,7 @@ def open_generic(path: Path, source: CheckpointSource, batch: CapturedBatch, opt
     fitted = load_weights(model, source)
     with their_code(model_name):
         model.to(device=device, dtype=dtype)
-    parameters, notes = _trained(model, model_name)
+    parameters, notes = trained_parameters(model, model_name)
     named = {fitted.prefix + name: parameter for name, parameter in parameters.items()}
     return GenericEngine(
         format=f"{type(model).__name__} from {source.info.format}",
@@ -77,7 +77,7 @@ class GenericEngine:
     minibatch_size: int
     notes: tuple[str, ...]
     model: nn.Module = field(repr=False)
-    loss: Callable[[nn.Module, dict[str, Tensor]], Any] = field(repr=False)
+    loss: Callable[[nn.Module, Any], Any] = field(repr=False)
     loss_name: str
     columns: Mapping[str, Tensor] = field(repr=False)
     device: torch.device
@@ -103,10 +103,9 @@ class GenericEngine:
         Raises:
             GradscopeError: the loss fails, is no finite scalar, or does not depend on the parameters.
         """
-        index = torch.from_numpy(np.ascontiguousarray(rows))
-        minibatch = {name: column[index].to(self.device) for name, column in self.columns.items()}
+        minibatch = self.minibatch(rows)
         before = [parameter._version for parameter in self.parameters.values()]
-        self.model.train()
+        self.put_into_train_mode()
         self.model.zero_grad(set_to_none=True)
         try:
             with seeded(minibatch_seed(self.options.seed, rows)), torch.enable_grad():
@@ -116,25 +115,37 @@ class GenericEngine:
         if before != [parameter._version for parameter in self.parameters.values()]:
             raise GradscopeError(self.loss_name, "changed the model's weights", "it must not step an optimizer")
 
-    def _differentiate(self, minibatch: dict[str, Tensor], rows: int) -> None:
+    def put_into_train_mode(self) -> None:
+        """The whole model is trained."""
+        self.model.train()
+
+    def minibatch(self, rows: NDArray[np.int64]) -> Any:
+        """These rows of the batch, as the loss is to get them."""
+        index = torch.from_numpy(np.ascontiguousarray(rows))
+        return {name: column[index].to(self.device) for name, column in self.columns.items()}
+
+    def refuse_nonfinite(self, value: float) -> None:
+        """Raises GradscopeError of a loss that is NaN or infinite."""
+        if not math.isfinite(value):
+            raise GradscopeError(self.loss_name, f"returned {value}")
+
+    def _differentiate(self, minibatch: Any, rows: int) -> None:
         loss = self._scalar(self._returned(minibatch), rows)
         if any(parameter.grad is not None for parameter in self.parameters.values()):
             raise GradscopeError(self.loss_name, "called backward() itself", "it is to return the loss alone")
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise GradscopeError(self.loss_name, f"returned {value}")
+        self.refuse_nonfinite(float(loss.detach()))
         with their_code(f"{self.loss_name}: its backward()"):
             torch.autograd.backward(loss)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise GradscopeError(self.loss_name, "no gradient of its loss reaches any parameter", DEPEND)
 
-    def _returned(self, minibatch: dict[str, Tensor]) -> object:
+    def _returned(self, minibatch: Any) -> object:
         try:
             with their_code(self.loss_name):
                 return self.loss(self.model, minibatch)
         except GradscopeError as error:
             key = error.__cause__.args[0] if isinstance(error.__cause__, KeyError) and error.__cause__.args else None
-            if isinstance(key, str) and key not in self.columns:
+            if isinstance(key, str) and self.columns and key not in self.columns:
                 error.hint = f"the batch has {_listed(list(self.columns))}"
             raise
 
@@ -182,7 +193,7 @@ def _resolved(choice: Any, option: str) -> tuple[Any, str]:
     return choice, f"{option[2:]} {getattr(choice, '__name__', type(choice).__name__)}"
 
 
-def _trained(model: nn.Module, name: str) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
+def trained_parameters(model: nn.Module, name: str) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
     """The parameters that are trained, and notes on the others."""
     everything = dict(model.named_parameters())
     trained = {n: p for n, p in everything.items() if p.requires_grad and p.is_floating_point()}

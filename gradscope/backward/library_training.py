@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ def withheld_training(
     parameters = _distinct([*(p for part in parts for p in part.parameters()), *variables])
     notes, seen = TrainingNotes(), dict[Tensor, Tensor]()
     with ExitStack() as undo:
-        undo.enter_context(_unchanged(parts, parameters))
+        undo.enter_context(unchanged(parts, parameters))
         for optimizer in steppers:
             undo.enter_context(_step_withheld(optimizer, notes, seen))
         undo.enter_context(_clipping_noted(notes))
@@ -118,7 +118,8 @@ def _leave_gradients(parameters: list[Tensor], seen: dict[Tensor, Tensor]) -> No
 
 
 @contextmanager
-def _unchanged(modules: list[nn.Module], parameters: list[Tensor]) -> Iterator[None]:
+def unchanged(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Afterwards these parameters, and the buffers and training modes of ``modules``, are what they were."""
     tensors = _distinct([*parameters, *(buffer for part in modules for buffer in part.buffers())])
     with torch.no_grad():
         before = [(tensor, tensor.detach().clone()) for tensor in tensors]
