@@ -10,6 +10,7 @@ from gradscope.results import Source
 Severity: TypeAlias = Literal["error", "warn"]
 RuleStatus: TypeAlias = Literal["pass", "warn", "fail", "skipped"]
 
+_LONGEST_NAMED = 120
 _TALLIED: tuple[tuple[RuleStatus, str], ...] = (
     ("fail", "failed"),
     ("pass", "passed"),
@@ -75,7 +76,7 @@ class RuleText:
     limits: tuple[LimitInForce, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Check:
     """What ``gradscope check`` found; true where the run is healthy.
 
@@ -97,6 +98,14 @@ class Check:
 
     def __bool__(self) -> bool:
         return self.status != "fail"
+
+    def __repr__(self) -> str:
+        """Short enough for the line of an assertion."""
+        if self:
+            return f"<healthy: {self.tally}>"
+        failing = [outcome for outcome in self.rules if self.fails_for(outcome)]
+        named = dict.fromkeys(outcome.rule for outcome in failing)
+        return f"<unhealthy: {', '.join(named)[:_LONGEST_NAMED]} ({self.tally})>"
 
     @property
     def tally(self) -> str:
