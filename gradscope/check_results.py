@@ -10,7 +10,6 @@ from gradscope.results import Source
 Severity: TypeAlias = Literal["error", "warn"]
 RuleStatus: TypeAlias = Literal["pass", "warn", "fail", "skipped"]
 
-_LONGEST_NAMED = 120
 _TALLIED: tuple[tuple[RuleStatus, str], ...] = (
     ("fail", "failed"),
     ("pass", "passed"),
@@ -103,9 +102,10 @@ class Check:
         """Short enough for the line of an assertion."""
         if self:
             return f"<healthy: {self.tally}>"
-        failing = [outcome for outcome in self.rules if self.fails_for(outcome)]
-        named = dict.fromkeys(outcome.rule for outcome in failing)
-        return f"<unhealthy: {', '.join(named)[:_LONGEST_NAMED]} ({self.tally})>"
+        failing = [outcome for outcome in self.rules if self.fails_for(outcome) and outcome.status != "skipped"]
+        if not failing:
+            return f"<unhealthy: {self.failed_because}>"
+        return f"<unhealthy: {', '.join(dict.fromkeys(outcome.rule for outcome in failing))} ({self.tally})>"
 
     @property
     def tally(self) -> str:

@@ -29,6 +29,7 @@ from gradscope.tensors import ClipGroup
 if TYPE_CHECKING:
     from gradscope.gradients import GradientSource
 
+IN_MEMORY = "in memory"
 CRITERIA = "torch.nn.functional"
 CALLED_WITH = "a loss is called with (model, batch); a criterion of (output, target) is an nn.Module or of " + CRITERIA
 
@@ -119,7 +120,7 @@ def _engine(
     if options.minibatch_size is not None and options.minibatch_size > sizes[0]:
         raise GradscopeError(f"minibatch_size {options.minibatch_size}", f"is more than the {sizes[0]:,} rows of batch")
     return InMemoryEngine(
-        format=label,
+        format=IN_MEMORY,
         parameters=parameters,
         groups=(ClipGroup(GROUP, tuple(parameters)),),
         rows=sum(sizes),
@@ -193,7 +194,7 @@ def _stored(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Checkp
     """What a checkpoint of model and optimizer would hold, where it lies in memory."""
     label = type(model).__name__
     weights: Mapping[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    source = weights_only(Path(label), tree_of(weights, label), "in memory")
+    source = weights_only(Path(label), tree_of(weights, label), IN_MEMORY)
     if optimizer is not None:
         source.stored_optimizers = (_stored_optimizer(model, optimizer),)
     return source
