@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradscope.api import inspect, simulate
+    from gradscope.api import check, inspect, simulate
+    from gradscope.check_results import Check
     from gradscope.errors import GradscopeError
     from gradscope.recording.recorder import Recorder as Recorder
     from gradscope.results import Inspection, Simulation
@@ -18,14 +19,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Recorder, which needs torch, is left out: `import *` would load it.
-__all__ = ["GradscopeError", "Inspection", "Simulation", "Spread", "__version__", "inspect", "simulate"]
+__all__ = [
+    "Check",
+    "GradscopeError",
+    "Inspection",
+    "Simulation",
+    "Spread",
+    "__version__",
+    "check",
+    "inspect",
+    "simulate",
+]
 
 _HOMES = {
+    "Check": "gradscope.check_results",
     "GradscopeError": "gradscope.errors",
     "Inspection": "gradscope.results",
     "Recorder": "gradscope.recording.recorder",
     "Simulation": "gradscope.results",
     "Spread": "gradscope.spread",
+    "check": "gradscope.api",
     "inspect": "gradscope.api",
     "simulate": "gradscope.api",
 }

@@ -1,4 +1,4 @@
-"""The Python API: what the commands ``inspect`` and ``simulate`` do, as two functions that return their results."""
+"""The Python API: what the commands ``inspect``, ``simulate`` and ``check`` do, as functions that return results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from gradscope.backward.options import BatchOptions, LossChoice, ModelChoice
+    from gradscope.check_results import Check
     from gradscope.clipping import Convention, Policy
     from gradscope.gradients import GradientSource, Progress
     from gradscope.results import Inspection, Simulation
@@ -124,6 +125,96 @@ def simulate(
         sweep=sweep,
         progress=progress,
     )
+
+
+def check(
+    source: Readable,
+    *,
+    rules: Mapping[str, float | str] | None = None,
+    select: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    strict: bool | None = None,
+    fail_on: Literal["error", "warn"] | None = None,
+    baseline: str | os.PathLike[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    steps: str | slice | None = None,
+    as_: ReadAs | None = None,
+    tag: str | None = None,
+    progress: Progress | None = None,
+    batch: Batch | None = None,
+    model: ModelChoice | None = None,
+    loss: LossChoice | None = None,
+    minibatch_size: int | None = None,
+    epochs: int = 1,
+    seed: int = 0,
+    trust: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> Check:
+    """Whether the gradients in ``source`` are healthy: the result is true if so, and tells what became of each rule.
+
+    ``source`` is what :func:`inspect` takes, or a list of traces, checkpoints and logs, which are judged one by one.
+    ``rules`` sets limits and severities (``{"clip-rate.max": 0.5, "spike.severity": "warn"}``); ``select`` and
+    ``ignore`` name rules; ``strict`` makes a skipped rule a failure, ``fail_on="warn"`` a warning; ``baseline`` is a
+    file that ``gradscope check --save-baseline`` wrote.
+
+    No ``pyproject.toml`` is read unless ``config`` names it: what its ``[tool.gradscope.check]`` says then holds
+    wherever nothing else is given.  ``select`` takes the place of its ``select`` and ``ignore``, and ``ignore`` takes
+    away more.  The other options are those of :func:`inspect`.
+
+    Raises GradscopeError for unusable input or options.
+    """
+    from pathlib import Path
+
+    from gradscope.backward.options import batch_options
+    from gradscope.health import checking
+    from gradscope.health.settings import CheckSettings, settings_of
+    from gradscope.project_file import read_project
+
+    settings = CheckSettings() if config is None else settings_of(read_project(Path(config)))
+    for key, value in (rules or {}).items():
+        settings = settings.with_rule(key, value)
+    settings = settings.with_choice(
+        select=[select] if isinstance(select, str) else select,
+        ignore=[ignore] if isinstance(ignore, str) else ignore,
+        strict=strict,
+        fail_on=fail_on,
+        baseline=None if baseline is None else Path(baseline),
+    )
+    captured = batch_options(
+        batch,
+        model=model,
+        loss=loss,
+        minibatch_size=minibatch_size,
+        epochs=epochs,
+        seed=seed,
+        trust=trust,
+        device=device,
+        dtype=dtype,
+    )
+    sources = _open_several(source, as_, tag, captured)
+    return checking.check(sources, settings, steps=steps, progress=progress)
+
+
+def _open_several(
+    source: Readable, as_: ReadAs | None, tag: str | None, batch: BatchOptions | None
+) -> list[GradientSource]:
+    """A list of paths or sources is opened one by one; of single dumps in it, all are steps of one source."""
+    from gradscope.gradients import GradientSource
+
+    one_by_one = isinstance(source, str | os.PathLike) or (
+        isinstance(source, list | tuple)
+        and bool(source)
+        and all(isinstance(each, str | os.PathLike | GradientSource) for each in source)
+    )
+    if not one_by_one:
+        return [_open(source, as_, None, tag, batch)]
+    listed = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if batch is not None:
+        return [_open(each, as_, None, tag, batch) for each in listed]
+    from gradscope.sources.opening_each import open_each
+
+    return open_each(listed, as_=as_, tag=tag)
 
 
 def _open(

@@ -52,8 +52,8 @@ def choose_sources(
 
     Raises GradscopeError if there is none, or one cannot be read.
     """
-    if paths is None or len(paths) == 1:
-        source, opening = choose_source(paths, as_, quiet, tag=tag, batch=batch)
+    if not paths:
+        source, opening = choose_source(None, as_, quiet, tag=tag, batch=batch)
         return [source], opening
     if batch is not None:
         return [choose_source([path], as_, quiet, tag=tag, batch=batch)[0] for path in paths], ""
