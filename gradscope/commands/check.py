@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from gradscope.health.baselines import Baseline
     from gradscope.health.evidence import Evidence
     from gradscope.health.settings import CheckSettings
+    from gradscope.views import Format
 
 RULES = "Rules"
 
@@ -156,11 +156,20 @@ def check(
         device=device,
         dtype=dtype,
     )
+    from gradscope.commands.check_settings import asked_settings
     from gradscope.commands.destination import Destination
+    from gradscope.commands.reading import choose_sources
+    from gradscope.health.checking import judge, wanted_baseline
 
-    settings = _project_settings(save_baseline if baseline is None else None)
-    settings = _with_rules(settings, rule or ())
-    settings = _with_choice(settings, select, ignore, strict, fail_on, baseline)
+    settings = asked_settings(
+        rules=rule or (),
+        select=select,
+        ignore=ignore,
+        strict=strict,
+        fail_on=fail_on.value if fail_on else None,
+        baseline=baseline,
+        save_baseline=save_baseline,
+    )
     form = format_.value if format_ else _usual_format(output, list_rules)
     destination = Destination(form, output, no_color, quiet)
     inputs = [*(paths or []), *(str(file) for file in (batch, settings.baseline) if file)]
@@ -169,88 +178,22 @@ def check(
         _list_rules(settings, destination)
         return 0
     _refuse_unusable(save_baseline, output, inputs)
-    from gradscope.commands.reading import choose_sources
-
     # A baseline that is damaged is told before a long read.
-    from gradscope.health.checking import judge, wanted_baseline
-
     usual = wanted_baseline(settings)
     sources, opening = choose_sources(paths, as_, quiet, tag, captured)
     gathered = [_gathered(source, steps, usual, quiet) for source in sources]
     result = judge(gathered, settings)
     destination.show(result, opening)
-    if form == CheckFormat.GITHUB.value:
+    if form == "github":
         _append_summary(result)
     if save_baseline is not None:
         _save_baseline(save_baseline, gathered, result, quiet)
     return 0 if result else 1
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
-
-
-def _project_settings(saved: str | None) -> CheckSettings:
-    """The project's settings; without its baseline, where that is what will be ``saved``."""
-    from dataclasses import replace
-
-    from gradscope.health.settings import project_settings
-
-    settings = project_settings()
-    if saved is not None and settings.baseline is not None and _same_file(saved, settings.baseline):
-        return replace(settings, baseline=None)
-    return settings
-
-
-def _with_rules(settings: CheckSettings, written: Sequence[str]) -> CheckSettings:
-    for text in written:
-        try:
-            settings = settings.with_written_rule(text)
-        except GradscopeError as error:
-            raise GradscopeError(f"--rule {text}", error.why, error.hint) from None
-    return settings
-
-
-def _with_choice(
-    settings: CheckSettings,
-    select: list[str] | None,
-    ignore: list[str] | None,
-    strict: bool | None,
-    fail_on: FailOnName | None,
-    baseline: str | None,
-) -> CheckSettings:
-    for option, names in (("--select", select), ("--ignore", ignore)):
-        _refuse_unknown(option, _names(names))
-    return settings.with_choice(
-        select=_names(select) if select is not None else None,
-        ignore=_names(ignore),
-        strict=strict,
-        fail_on=fail_on.value if fail_on else None,
-        baseline=Path(baseline) if baseline is not None else None,
-    )
-
-
-def _names(given: list[str] | None) -> list[str]:
-    """``["a,b", "c"]`` as ``["a", "b", "c"]``."""
-    return [name.strip() for text in given or () for name in text.split(",")]
-
-
-def _refuse_unknown(option: str, names: Sequence[str]) -> None:
-    from gradscope.health.settings import find_rule
-
-    for name in names:
-        try:
-            find_rule(name)
-        except GradscopeError as error:
-            raise GradscopeError(f"{option} {name}", error.why, error.hint) from None
-
-
-def _usual_format(output: str | None, list_rules: bool) -> str:
+def _usual_format(output: str | None, list_rules: bool) -> Format:
     """Annotations where GitHub Actions reads what is printed."""
-    annotated = os.environ.get("GITHUB_ACTIONS") == "true" and output is None and not list_rules
-    return (CheckFormat.GITHUB if annotated else CheckFormat.TABLE).value
-
-
-# --- what is read and written ----------------------------------------------------------------------------------------
+    return "github" if os.environ.get("GITHUB_ACTIONS") == "true" and output is None and not list_rules else "table"
 
 
 def _gathered(source: GradientSource, steps: str | None, baseline: Baseline | None, quiet: bool) -> Evidence:
@@ -276,29 +219,23 @@ def _list_rules(settings: CheckSettings, destination: Destination) -> None:
     elif destination.format == "json":
         destination.write(rules_json(rules))
     else:
-        raise GradscopeError(f"--format {destination.format}", "is none for rules", "--list-rules: table, json, markdown")
+        raise GradscopeError(
+            f"--format {destination.format}", "is none for rules", "--list-rules: table, json, markdown"
+        )
 
 
 def _append_summary(result: Check) -> None:
-    """The job summary of GitHub Actions; that it cannot be written does not hide what was found."""
-    file = os.environ.get("GITHUB_STEP_SUMMARY")
-    if not file:
-        return
-    from gradscope.views import VIEWS
-    from gradscope.views.choices import ViewChoices
+    from gradscope.commands.job_summary import append_summary
 
-    try:
-        with open(file, "a", encoding="utf-8", errors="backslashreplace", newline="") as summary:
-            summary.write(VIEWS["markdown"](result, ViewChoices()) + "\n")
-    except (OSError, ValueError) as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or error
-        _say(f"warning: the job summary {file} cannot be written ({why})")
+    if (why := append_summary(result)) is not None:
+        _say(f"warning: {why}")
 
 
 def _refuse_unusable(save_baseline: str | None, output: str | None, inputs: Sequence[str]) -> None:
     """Find out before a long read that the baseline cannot be written.  Raises GradscopeError."""
     if save_baseline is None:
         return
+    from gradscope.commands.check_settings import same_file
     from gradscope.commands.overwriting import refuse_overwriting
 
     what = f"--save-baseline {save_baseline}"
@@ -307,7 +244,7 @@ def _refuse_unusable(save_baseline: str | None, output: str | None, inputs: Sequ
     parent = os.path.dirname(os.path.realpath(save_baseline))
     if not os.path.isdir(parent):
         raise GradscopeError(what, f"there is no directory {parent}")
-    if output is not None and _same_file(save_baseline, output):
+    if output is not None and same_file(save_baseline, output):
         raise GradscopeError(what, "is what -o writes, too")
     try:
         refuse_overwriting(save_baseline, inputs)
@@ -316,6 +253,8 @@ def _refuse_unusable(save_baseline: str | None, output: str | None, inputs: Sequ
 
 
 def _save_baseline(file: str, gathered: Sequence[Evidence], result: Check, quiet: bool) -> None:
+    from pathlib import Path
+
     from gradscope.health.baselines import save_baseline
 
     save_baseline(Path(file), gathered)
@@ -323,10 +262,6 @@ def _save_baseline(file: str, gathered: Sequence[Evidence], result: Check, quiet
         _say(f"warning: {file} is the baseline of what failed this check")
     elif not quiet:
         _say(f"Wrote {file}")
-
-
-def _same_file(one: str | Path, other: str | Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _say(sentence: str) -> None:
