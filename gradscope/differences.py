@@ -1,13 +1,13 @@
 """How far two series of the same quantity are apart, beyond what noise explains.
 
 Training is not stationary: a norm that falls tenfold in a run says nothing of how far two runs are apart.  So equal
-fractions of two runs are compared, and what is common to both courses is no noise.
+fractions of two runs are compared, and what both went through, a trend, the first steps of an optimizer, the beat of
+rollouts, is no noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,88 +17,76 @@ from gradscope.intervals import effective_sample_size
 
 FloatArray = NDArray[np.float64]
 
-MOST_SEGMENTS = 8
-# Fewer values in a segment say little of how they scatter in it.
-VALUES_PER_SEGMENT = 8
-FEWEST_VALUES = 4
-# Of as many independent values a segment's mean is told from its noise.
-INDEPENDENT_PER_SEGMENT = 4
+# A power of two, so that any two courses have fractions in common.
+MOST_FRACTIONS = 64
+# The difference of two courses is told from noise about straight lines through stretches of so many fractions: the
+# shortest that hold enough independent values for each of the two numbers of a line.
+STRETCHES = (16, 32, 64)
+VALUES_PER_NUMBER = 4
+FEWEST_FRACTIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """The course of a quantity over a run: its means in 1, 2, 4 or 8 segments of equal length.
+    """The course of a quantity over a run: its means over equal fractions of it, 1, 2, 4 … or 64 of them.
 
-    ``means`` (NaN where nothing is known) and ``counts`` are of the values known in each segment.  ``variance`` is the
-    long-run variance σ²τ of one value about the mean of its segment, τ being the autocorrelation time, so that a
-    segment of n values has a mean of variance σ²τ/n; inf where there are too few values to tell.  ``freedom`` are its
-    degrees of freedom (inf for a series that never changes), ``effective`` is n/τ over the whole run.
+    ``means`` are NaN where nothing is known.  ``effective`` is how many independent values tell as much as those that
+    are known, their trend apart.
     """
 
     means: tuple[float, ...]
-    counts: tuple[int, ...]
-    variance: float
-    freedom: float
     effective: float
 
     @classmethod
     def of(cls, series: FloatArray) -> Course:
-        """The course of ``series``, float64 [steps], finite, or NaN where it is not known."""
+        """The course of ``series``, float64 [steps], finite, or NaN where it is not known.
+
+        It has as many fractions as there are values for.
+        """
         values = np.asarray(series, dtype=np.float64)
         here = ~np.isnan(values)
         known = int(np.count_nonzero(here))
-        segments = MOST_SEGMENTS
-        while segments > 1 and known < VALUES_PER_SEGMENT * segments:
-            segments //= 2
-        course = cls._divided(values, here, segments)
-        while segments > 1 and course.effective < INDEPENDENT_PER_SEGMENT * segments:
-            segments //= 2
-            course = cls._divided(values, here, segments)
-        return course
-
-    @classmethod
-    def _divided(cls, values: FloatArray, here: NDArray[np.bool_], segments: int) -> Course:
+        fractions = MOST_FRACTIONS
+        while fractions > max(1, known):
+            fractions //= 2
         # Where a value lies in its run, known or not, so that runs of any length divide alike.
-        place = ((np.arange(len(values)) * segments) // max(1, len(values)))[here]
-        values = values[here]
-        counts = np.bincount(place, minlength=segments)
-        means = np.full(segments, math.nan)
-        np.divide(np.bincount(place, weights=values, minlength=segments), counts, out=means, where=counts > 0)
-        variance, freedom, effective = _noise(values - means[place], int(np.count_nonzero(counts)))
-        return cls(tuple(means.tolist()), tuple(counts.tolist()), variance, freedom, effective)
+        place = ((np.arange(len(values)) * fractions) // max(1, len(values)))[here]
+        counts = np.bincount(place, minlength=fractions)
+        means = np.full(fractions, math.nan)
+        np.divide(np.bincount(place, weights=values[here], minlength=fractions), counts, out=means, where=counts > 0)
+        eighth = (np.arange(len(values)) * 8 // max(1, len(values)))[here]
+        residuals = _about_lines(values[here], np.flatnonzero(here).astype(np.float64), eighth)
+        return cls(tuple(means.tolist()), effective_sample_size(residuals))
 
     @property
     def mean(self) -> float:
-        """The mean of the segments that are known, each counting alike; NaN where none is."""
+        """The mean of the fractions that are known, each counting alike; NaN where none is."""
         known = [mean for mean in self.means if not math.isnan(mean)]
         return math.fsum(known) / len(known) if known else math.nan
 
-    def coarser(self, segments: int) -> Course:
-        """The same in this many segments, a power of two not above their number."""
-        share = len(self.means) // segments
-        counts = [sum(self.counts[i : i + share]) for i in range(0, len(self.counts), share)]
-        sums = [mean * count if count else 0.0 for mean, count in zip(self.means, self.counts, strict=True)]
-        means = [
-            math.fsum(sums[i * share : (i + 1) * share]) / count if count else math.nan
-            for i, count in enumerate(counts)
-        ]
-        return Course(tuple(means), tuple(counts), self.variance, self.freedom, self.effective)
+    def coarser(self, fractions: int) -> FloatArray:
+        """The means over this many fractions, a power of two not above their number; float64, NaN: not known."""
+        means = np.array(self.means).reshape(fractions, -1)
+        known = ~np.isnan(means)
+        counts = known.sum(axis=1)
+        total = np.where(known, means, 0.0).sum(axis=1)
+        return np.asarray(np.where(counts > 0, total / np.maximum(1, counts), math.nan))
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """``change`` is the mean of b minus that of a, ``error`` its standard error; inf where too little is known.
 
-    ``effective`` is the number of independent values behind each of the two means, ``freedom`` the degrees of freedom
-    of ``error``.  ``segments`` are the changes in equal fractions of the two runs, whose mean ``change`` is; NaN for
-    a fraction of which one run knows nothing, and throughout where no fraction is known of both.
+    ``changes`` are the differences in equal fractions of the two runs, whose mean ``change`` is: NaN for a fraction of
+    which one run knows nothing, and ``change`` is NaN where no fraction is known of both.  ``freedom`` are the degrees
+    of freedom of ``error``, ``effective`` the number of independent values in each of the two runs.
     """
 
     change: float
     error: float
     effective: tuple[float, float]
-    freedom: float = math.inf
-    segments: tuple[float, ...] = ()
+    freedom: float
+    changes: tuple[float, ...]
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """The interval that covers the change with this ``confidence``, by Student's t; infinite where none does.
@@ -116,27 +104,25 @@ class Difference:
 def difference(a: FloatArray, b: FloatArray) -> Difference:
     """How far ``b`` lies above ``a``: float64 [steps] each, of any two lengths, NaN where a value is not known.
 
-    Both runs are divided into up to 8 equal fractions, at least 8 values in each; the change is the mean of the
-    differences of their means.  Noise is what scatters about these means, its variance multiplied by the
-    autocorrelation time (Geyer 1992) of what is left.
+    Both runs are divided into up to 64 equal fractions, and the change is the mean of the differences of their means.
+    Noise is what of these scatters about straight lines through every 16 of them, its variance multiplied by their
+    autocorrelation time (Geyer 1992, "Practical Markov chain Monte Carlo"; Kendall 1954 for the bias).
     """
     return between(Course.of(a), Course.of(b))
 
 
 def between(a: Course, b: Course) -> Difference:
     """As ``difference``, of two courses."""
-    segments = min(len(a.means), len(b.means))
-    a, b = a.coarser(segments), b.coarser(segments)
-    changes = tuple(after - before for before, after in zip(a.means, b.means, strict=True))
-    known = [k for k, change in enumerate(changes) if not math.isnan(change)]
+    fractions = min(len(a.means), len(b.means))
+    changes = b.coarser(fractions) - a.coarser(fractions)
     effective = (a.effective, b.effective)
-    if not known:
-        return Difference(math.nan, math.inf, effective, 0.0, changes)
-    change = math.fsum(changes[k] for k in known) / len(known)
-    variances = [_variance_of_mean(course, known) for course in (a, b)]
-    total = math.fsum(variances)
-    freedom = _pooled_freedom(variances, (a.freedom, b.freedom))
-    return Difference(change, math.sqrt(total), effective, freedom, changes)
+    at = np.flatnonzero(~np.isnan(changes))
+    known = changes[at]
+    if not len(known):
+        return Difference(math.nan, math.inf, effective, 0.0, tuple(changes.tolist()))
+    variance, freedom = _noise(known, at)
+    error = math.sqrt(variance / len(known))
+    return Difference(math.fsum(known) / len(known), error, effective, freedom, tuple(changes.tolist()))
 
 
 def student_probability(t: float, freedom: float) -> float:
@@ -172,53 +158,60 @@ def student_quantile(p: float, freedom: float) -> float:
     return (low + high) / 2.0
 
 
-def _noise(residuals: FloatArray, segments: int) -> tuple[float, float, float]:
-    """The long-run variance of ``residuals`` about ``segments`` means, its degrees of freedom, the effective size."""
-    n = len(residuals)
-    if n < max(FEWEST_VALUES, segments + 2):
-        return math.inf, 0.0, float(n)
-    # Means of equal values differ from them by a rounding error.
-    if np.abs(residuals).max() <= 1e-12:
-        return 0.0, math.inf, 1.0
-    time = max(n / effective_sample_size(residuals), _autoregressive_time(residuals, segments))
-    # A mean takes the variance of τ values with it.
-    spare = max(n - segments * time, 1.0)
-    return float(np.square(residuals).sum()) / spare * time, max(1.0, spare / time), n / time
+def _noise(known: FloatArray, at: NDArray[np.int64]) -> tuple[float, float]:
+    """The long-run variance of ``known`` differences, and its degrees of freedom.
+
+    ``at`` says which fractions of the runs they are.
+    """
+    n = len(known)
+    if n < FEWEST_FRACTIONS:
+        return math.inf, 0.0
+    residuals, fitted, time = known, n, math.inf
+    for length in STRETCHES:
+        stretch = at // length
+        fitted = 2 * len(np.unique(stretch))
+        if n < fitted + 2 and length < STRETCHES[-1]:
+            continue
+        residuals = _about_lines(known, at.astype(np.float64), stretch)
+        # A line through equal values misses them by a rounding error.
+        if np.abs(residuals).max() <= 1e-12 * max(1.0, float(np.abs(known).max())):
+            return 0.0, math.inf
+        time = max(n / effective_sample_size(residuals), _autoregressive_time(residuals, fitted))
+        if n >= VALUES_PER_NUMBER * fitted * time:
+            break
+    # A line takes the variance of 2τ values with it.
+    spare = max(n - fitted * time, n / 4)
+    return float(np.square(residuals).sum()) / spare * time, max(1.0, spare / time)
 
 
-def _autoregressive_time(residuals: FloatArray, segments: int) -> float:
-    """(1+φ)/(1−φ) of a first-order autoregression, φ corrected for the means removed.
+def _about_lines(values: FloatArray, at: FloatArray, stretch: NDArray[np.int64]) -> FloatArray:
+    """``values`` at the places ``at``, less the straight line that fits those of their ``stretch`` best."""
+    count = np.maximum(1, np.bincount(stretch))
+    off = at - (np.bincount(stretch, weights=at) / count)[stretch]
+    values = values - (np.bincount(stretch, weights=values) / count)[stretch]
+    squares = np.bincount(stretch, weights=off * off)
+    slopes = np.bincount(stretch, weights=off * values) / np.where(squares > 0.0, squares, 1.0)
+    return np.asarray(values - slopes[stretch] * off)
 
-    Removing a mean of m values lowers φ by about (1+4φ)/m (Kendall 1954): without this, short segments hide the
-    longest correlations from any estimate.
+
+def _autoregressive_time(residuals: FloatArray, fitted: int) -> float:
+    """(1+φ)/(1−φ) of a first-order autoregression, φ corrected for the ``fitted`` numbers.
+
+    Removing a mean of m values lowers φ by about (1+4φ)/m (Kendall 1954), a line by twice that: without this, short
+    stretches hide the longest correlations from any estimate.
     """
     n = len(residuals)
     phi = float(residuals[1:] @ residuals[:-1]) / float(residuals @ residuals)
-    phi += (1.0 + 4.0 * phi) * segments / n
-    phi = min(max(0.0, phi), 1.0 - segments / n)
+    phi += (1.0 + 4.0 * phi) * fitted / n
+    phi = min(max(0.0, phi), 1.0 - fitted / n)
     return (1.0 + phi) / (1.0 - phi)
-
-
-def _variance_of_mean(course: Course, known: Sequence[int]) -> float:
-    return course.variance * math.fsum(1.0 / course.counts[k] for k in known) / len(known) ** 2
-
-
-def _pooled_freedom(variances: Sequence[float], freedoms: Sequence[float]) -> float:
-    """The degrees of freedom of a sum of estimated variances (Satterthwaite 1946, Welch 1947)."""
-    total = math.fsum(variances)
-    if not 0.0 < total < math.inf:
-        return math.inf if total == 0.0 else 0.0
-    doubt = math.fsum((v / total) ** 2 / freedom for v, freedom in zip(variances, freedoms, strict=True) if v > 0.0)
-    return 1.0 / doubt if doubt > 0.0 else math.inf
 
 
 def _beta_fraction(a: float, b: float, x: float, rest: float) -> float:
     """I_x(a, b) for x < (a + 1)/(a + b + 2), by Lentz's evaluation of the continued fraction; ``rest`` is 1 - x."""
-    front = (
-        math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)) / a
-        if x > 0.0
-        else 0.0
-    )
+    if x <= 0.0:
+        return 0.0
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
     tiny = 1e-300
     c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0) or tiny)
     value = d
@@ -231,4 +224,4 @@ def _beta_fraction(a: float, b: float, x: float, rest: float) -> float:
             value *= c * d
         if abs(c * d - 1.0) < 1e-15:
             break
-    return front * value
+    return math.exp(front) / a * value
