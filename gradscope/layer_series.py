@@ -1,1 +1,152 @@
 """What a run shows of each layer over its steps, as series: norms, updates, and the shape of the spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.gradients import GradientStep
+from gradscope.spectrum import MagnitudeSpectrum
+from gradscope.step_table import StepTable
+from gradscope.tensors import TensorInfo
+
+FloatArray = NDArray[np.float64]
+
+Quantity: TypeAlias = Literal["norm", "update", "update-ratio", "peak", "typical-element", "zeros"]
+
+# Of more steps than these the shape of a spectrum is not asked for: decoding it costs more than all else.
+MOST_SHAPES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class QuantityInfo:
+    """``about`` completes "its ... is 3 times that of the baseline"; ``logarithmic``: a series of natural logarithms.
+
+    Differences of a logarithmic quantity are factors; those of the other are shares.
+    """
+
+    name: Quantity
+    about: str
+    logarithmic: bool = True
+
+
+QUANTITIES: tuple[QuantityInfo, ...] = (
+    QuantityInfo("norm", "gradient norm"),
+    QuantityInfo("update", "update"),
+    QuantityInfo("update-ratio", "update, relative to the weights,"),
+    QuantityInfo("peak", "largest gradient element, relative to their RMS,"),
+    QuantityInfo("typical-element", "median gradient element, relative to their RMS,"),
+    QuantityInfo("zeros", "share of zero gradient elements", logarithmic=False),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSeries:
+    """One layer over the steps of a run: ``series`` maps a quantity to float64 [steps], NaN where it is not known.
+
+    A norm of zero has no logarithm and is not known either; ``silent`` is the share of such steps among those without
+    NaN or Inf at which the layer had a gradient, NaN where there is none.
+    """
+
+    layer: str
+    numel: int
+    silent: float
+    series: Mapping[Quantity, FloatArray]
+
+
+def series_by_layer(
+    table: StepTable,
+    tensors: Sequence[TensorInfo],
+    layers: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, FloatArray] = MappingProxyType({}),
+) -> dict[str, LayerSeries]:
+    """What ``table`` holds of each of ``layers`` (name to the places of its tensors), in their order.
+
+    ``shapes`` are what ``ShapeSample`` found, by layer.
+    """
+    return {
+        name: _series_of(name, table, [tensors[i].numel for i in members], members, shapes.get(name))
+        for name, members in layers.items()
+    }
+
+
+def _series_of(
+    name: str, table: StepTable, numel: Sequence[int], members: Sequence[int], shape: FloatArray | None
+) -> LayerSeries:
+    places, elements = list(members), sum(numel)
+    norms = table.norms(places)
+    finite = np.isfinite(norms) & table.there(places)
+    told = finite & (norms > 0.0)
+    rms = norms / np.sqrt(max(1, elements))
+    found: dict[Quantity, FloatArray] = {
+        "norm": _log_where(told, norms),
+        "peak": _log_where(told, table.max_abs[:, places].max(axis=1, initial=0.0) / np.where(told, rms, 1.0)),
+        "zeros": np.where(told, _share_of_zeros(table, places, numel), np.nan),
+    }
+    rows, ratios = table.update_ratios(places)
+    if len(rows):
+        assert table.update_norm is not None and table.measured is not None
+        sizes = np.sqrt(np.square(table.update_norm[:, places]).sum(axis=1))
+        for quantity, at, values in (("update-ratio", rows, ratios), ("update", table.measured, sizes)):
+            found[quantity] = np.full(len(norms), np.nan)
+            found[quantity][at] = _log_where(values > 0.0, values)
+    if shape is not None and not np.isnan(shape).all():
+        found["typical-element"] = shape
+    silent = float((norms[finite] == 0.0).mean()) if finite.any() else float("nan")
+    return LayerSeries(name, elements, silent, found)
+
+
+@dataclass(slots=True, eq=False)
+class ShapeSample:
+    """Takes the shape of each layer's spectrum down as steps are read; an observer of ``StepTable.read``.
+
+    ``layers`` maps a layer to the places of its tensors.  The shape is log(median|g| / rms) over the elements that are
+    not zero: log 0.6745 for normal elements, less for longer tails.  It is taken at no more than 64 of the ``steps``,
+    evenly spaced; ``shapes`` are float64 [steps] by layer, NaN at the others.
+    """
+
+    layers: Mapping[str, Sequence[int]]
+    tensors: int
+    steps: int
+    shapes: dict[str, FloatArray] = field(default_factory=dict)
+    _taken: int = 0
+    _seen: int = 0
+
+    def see(self, position: int, step: GradientStep) -> None:
+        """Take in a step while it is in memory."""
+        row, self._seen = self._seen, self._seen + 1
+        if len(step.spectra) != self.tensors or row * MOST_SHAPES < self._taken * self.steps:
+            return
+        self._taken += 1
+        for layer, members in self.layers.items():
+            spectra = [step.spectra[i] for i in members if step.present is None or step.present[i]]
+            told = [spectrum for spectrum in spectra if spectrum is not None]
+            if len(told) == len(spectra) > 0:
+                self.shapes.setdefault(layer, np.full(self.steps, np.nan))[row] = _shape(told)
+
+
+def _shape(spectra: Sequence[MagnitudeSpectrum]) -> float:
+    """log(median|g| / rms) over the finite elements of ``spectra`` that are not zero; NaN where there is none."""
+    merged = MagnitudeSpectrum.merge(spectra)
+    others = merged.finite - merged.zeros
+    if others == 0 or not 0.0 < merged.sum_squares < np.inf:
+        return float("nan")
+    median = merged.quantile((merged.zeros + 0.5 * others) / merged.finite)
+    return float(np.log(median) - 0.5 * np.log(merged.sum_squares / others)) if median > 0.0 else float("nan")
+
+
+def _share_of_zeros(table: StepTable, places: list[int], numel: Sequence[int]) -> FloatArray:
+    """Zero elements / elements, of the tensors that had a gradient."""
+    elements = (table.present[:, places] * np.asarray(numel, dtype=np.int64)).sum(axis=1)
+    return np.asarray(table.zeros[:, places].sum(axis=1) / np.maximum(1, elements))
+
+
+def _log_where(here: NDArray[np.bool_], values: FloatArray) -> FloatArray:
+    logs = np.full(len(values), np.nan)
+    np.log(values, out=logs, where=here)
+    return logs
