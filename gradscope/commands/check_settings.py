@@ -52,8 +52,10 @@ def _rule_names(option: str, given: Sequence[str]) -> list[str]:
     """``["a,b", "c"]`` as ``["a", "b", "c"]``, every one of them a rule."""
     names = [name.strip() for text in given for name in text.split(",")]
     for name in names:
+        if not name:
+            raise GradscopeError(f"{option} {','.join(given)}".rstrip(), "names no rule")
         try:
             find_rule(name)
         except GradscopeError as error:
-            raise GradscopeError(f"{option} {name}".rstrip(), error.why, error.hint) from None
+            raise GradscopeError(f"{option} {name}", error.why, error.hint) from None
     return names

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradscope import forensics, results
 from gradscope.clipping.layout import TensorLayout
+from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
 from gradscope.noise_scale import MinibatchMeter
 from gradscope.optimizer_state import OptimizerState
@@ -62,6 +63,8 @@ class Evidence:
 
         Raises GradscopeError for unusable steps, and for whatever the source finds wrong with its files.
         """
+        if steps is not None and not source.tensors:
+            raise GradscopeError(source.info.path, "holds no gradient steps to choose from")
         weights = source.weights(progress)
         optimizers = source.optimizers(progress)
         table, minibatches, sample = None, None, _SpectraSample(len(source.tensors), 0)

@@ -20,7 +20,8 @@ class Limit:
     """One setting of a rule: ``--rule NAME.LIMIT=VALUE``.
 
     ``default`` is a number, or a text; a setting takes what is of the same kind.  ``least`` and ``most`` bound a
-    number, both inclusive.  ``choices`` are the only texts it takes, where there are any.
+    number, both inclusive.  ``choices`` are the only texts it takes, where there are any; ``verify`` raises
+    GradscopeError for a text that is none.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Limit:
     least: float = 0.0
     most: float = float("inf")
     choices: tuple[str, ...] = ()
+    verify: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class CheckSettings:
             baseline=self.baseline if baseline is None else baseline,
         )
         if not any(chosen.asks_for(rule.name) for rule in RULES):
-            raise GradscopeError("select", "no rule is left to check by", _LIST_RULES)
+            raise GradscopeError("rules", "select and ignore leave none", _LIST_RULES)
         return chosen
 
     def asks_for(self, rule: str) -> bool:
@@ -184,14 +184,14 @@ def find_rule(name: str) -> Rule:
     rule = next((rule for rule in RULES if rule.name == name), None)
     if rule is None:
         known = [rule.name for rule in RULES]
-        raise GradscopeError(name, "no rule is called so", nearest(name.replace("_", "-"), known) or _LIST_RULES)
+        raise GradscopeError(name, "no such rule", nearest(name.replace("_", "-"), known) or _LIST_RULES)
     return rule
 
 
 def _find(key: str) -> tuple[Rule, Limit | None]:
     """The rule and the limit that ``key`` names; None in place of the limit for the severity."""
     name, dot, limit_name = key.partition(".")
-    if not dot:
+    if not (name and dot):
         raise GradscopeError(key, "is not of the form NAME.LIMIT", "for example clip-rate.max")
     try:
         rule = find_rule(name)
@@ -202,7 +202,7 @@ def _find(key: str) -> tuple[Rule, Limit | None]:
         return rule, limits.get(limit_name)
     known = [*limits, SEVERITY]
     hint = nearest(limit_name.replace("_", "-"), known) or f"{name} has {', '.join(known)}"
-    raise GradscopeError(key, f"{name} has no limit {limit_name}" if limit_name else "names no limit", hint)
+    raise GradscopeError(key, f"{name} has no limit {limit_name!r}", hint)
 
 
 def _checked(key: str, limit: Limit, value: object) -> LimitValue:
@@ -211,6 +211,11 @@ def _checked(key: str, limit: Limit, value: object) -> LimitValue:
             return _choice(key, value, limit.choices)
         if not isinstance(value, str):
             raise GradscopeError(key, f"must be a text, not {value!r}")
+        if limit.verify is not None:
+            try:
+                limit.verify(value)
+            except GradscopeError as error:
+                raise GradscopeError(key, error.why, error.hint) from None
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise GradscopeError(key, f"must be {_bounds(limit)}, not {value!r}")
@@ -233,4 +238,5 @@ def _choice(key: str, value: object, choices: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in choices:
         return value
     hint = nearest(value, choices) if isinstance(value, str) else None
-    raise GradscopeError(key, f"must be {' or '.join(choices)}, not {value!r}", hint)
+    named = " or ".join(choice or '""' for choice in choices)
+    raise GradscopeError(key, f"must be {named}, not {value!r}", hint)

@@ -17,8 +17,6 @@ from gradscope.notation import angle, setting
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
     """Replay the policy asked for, or the value clipping in force, and compare each clip group's median angle."""
     asked, most = limits.text("policy").strip(), limits.number("max")
-    if asked:
-        _check(asked)
     if evidence.table is None:
         return Verdict.cannot_tell("the source holds no gradients")
     if asked:
@@ -30,11 +28,9 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     return _in_force(evidence, most)
 
 
-def _check(policy: str) -> None:
-    try:
+def _verify(policy: str) -> None:
+    if policy.strip():
         check_notation(policy)
-    except GradscopeError as error:
-        raise GradscopeError(f"direction-change.policy={policy}", error.why, error.hint) from None
 
 
 def _in_force(evidence: Evidence, most: float) -> Verdict:
@@ -102,7 +98,7 @@ DIRECTION_CHANGE = Rule(
     source="Pascanu et al. 2013: clip by norm keeps the direction; torch.nn.utils.clip_grad_value_ does not",
     limits=(
         Limit("max", 30.0, "largest median angle in degrees", most=180.0),
-        Limit("policy", "", 'the policy to judge, such as "value:0.5"; empty: the one in force'),
+        Limit("policy", "", 'the policy to judge, such as "value:0.5"; empty: the one in force', verify=_verify),
     ),
     judge=judge,
 )
