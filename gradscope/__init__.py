@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradscope.api import check, inspect, simulate
+    from gradscope.api import check, compare, inspect, simulate
     from gradscope.check_results import Check
+    from gradscope.comparison_results import Comparison
     from gradscope.errors import GradscopeError
     from gradscope.recording.recorder import Recorder as Recorder
     from gradscope.results import Inspection, Simulation
@@ -21,24 +22,28 @@ __version__ = "0.1.0"
 # Recorder, which needs torch, is left out: `import *` would load it.
 __all__ = [
     "Check",
+    "Comparison",
     "GradscopeError",
     "Inspection",
     "Simulation",
     "Spread",
     "__version__",
     "check",
+    "compare",
     "inspect",
     "simulate",
 ]
 
 _HOMES = {
     "Check": "gradscope.check_results",
+    "Comparison": "gradscope.comparison_results",
     "GradscopeError": "gradscope.errors",
     "Inspection": "gradscope.results",
     "Recorder": "gradscope.recording.recorder",
     "Simulation": "gradscope.results",
     "Spread": "gradscope.spread",
     "check": "gradscope.api",
+    "compare": "gradscope.api",
     "inspect": "gradscope.api",
     "simulate": "gradscope.api",
 }

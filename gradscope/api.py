@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gradscope.backward.options import BatchOptions, LossChoice, ModelChoice
     from gradscope.check_results import Check
     from gradscope.clipping import Convention, Policy
+    from gradscope.comparison_results import Comparison
     from gradscope.gradients import GradientSource, Progress
     from gradscope.results import Inspection, Simulation
 
@@ -194,6 +195,37 @@ def check(
     )
     sources = _open_several(source, as_, tag, captured)
     return checking.check(sources, settings, steps=steps, progress=progress)
+
+
+def compare(
+    a: Readable,
+    b: Readable,
+    policies: Sequence[Policy | str] = (),
+    *,
+    as_: ReadAs | None = None,
+    tag: str | None = None,
+    steps: str | slice | None = None,
+    groups: Mapping[str, str] | None = None,
+    convention: Convention = "exact",
+    progress: Progress | None = None,
+) -> Comparison:
+    """How ``a`` and ``b`` differ, in what both hold, and what of that is more than noise.
+
+    ``policies`` are simulated on both.  The options are those of :func:`inspect` and :func:`simulate`, for both.
+
+    Raises GradscopeError for unusable input or options, and for two sources that have nothing in common.
+    """
+    from gradscope import comparison
+
+    return comparison.compare(
+        _open(a, as_, None, tag, None),
+        _open(b, as_, None, tag, None),
+        policies=policies,
+        steps=steps,
+        groups=groups,
+        convention=convention,
+        progress=progress,
+    )
 
 
 def _open_several(

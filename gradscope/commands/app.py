@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from gradscope.commands.check import check
+from gradscope.commands.compare import compare
 from gradscope.commands.export import export
 from gradscope.commands.inspect import inspect
 from gradscope.commands.record import record
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command(cls=SeveralValues)(inspect)
 app.command(cls=SeveralValues)(simulate)
 app.command(cls=SeveralValues)(check)
+app.command(cls=SeveralValues)(compare)
 # Options behind the command's first word are the command's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
 app.command()(export)

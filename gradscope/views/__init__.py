@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from gradscope.check_results import Check
+from gradscope.comparison_results import Comparison
 from gradscope.results import Inspection, Simulation
 from gradscope.views.check_screen import check_page, check_screen
 from gradscope.views.choices import ViewChoices
+from gradscope.views.compare_screen import compare_csv, compare_screen
 from gradscope.views.csv_view import check_csv, inspection_csv, simulation_csv
 from gradscope.views.github import github_text
 from gradscope.views.inspect_screen import inspect_screen
@@ -26,7 +28,7 @@ from gradscope.views.screen import Screen
 from gradscope.views.simulate_screen import simulate_screen
 from gradscope.views.terminal import terminal_text
 
-Result = Inspection | Simulation | Check
+Result = Inspection | Simulation | Check | Comparison
 Format = Literal["table", "json", "csv", "markdown", "junit", "sarif", "github"]
 # Each takes the type of result that it stands for below.
 View = Callable[[Any, ViewChoices], str]
@@ -61,6 +63,11 @@ _OF_RESULT: Mapping[type[Result], Mapping[Format, View]] = {
         "junit": lambda result, _: junit_text(result),
         "sarif": lambda result, _: sarif_text(result),
         "github": lambda result, _: github_text(result),
+    },
+    Comparison: {
+        **_for_people(compare_screen),
+        "json": lambda result, _: json_text(result),
+        "csv": compare_csv,
     },
 }
 

@@ -44,13 +44,13 @@ def inspection_csv(inspection: results.Inspection, choices: ViewChoices) -> str:
         run = inspection.recorded if by == "group" else None
         clipped = {group.name: group for group in run.groups} if run is not None else {}
         clipped = clipped if all(row.name in clipped for row in rows) else {}
-        return _csv({**_gradient_record(row, updated), **_recorded(clipped.get(row.name))} for row in rows)
+        return csv_text({**_gradient_record(row, updated), **_recorded(clipped.get(row.name))} for row in rows)
     known = [
         (optimizer.name, _chosen(optimizer_rows(optimizer, choices.by), choices)) for optimizer in inspection.optimizers
     ]
     if inspection.weights is None or any(rows for _, rows in known):
-        return _csv(_optimizer_record(name, row) for name, rows in known for row in rows)
-    return _csv(_weight_record(row) for row in _chosen(weight_rows(inspection.weights, choices.by), choices))
+        return csv_text(_optimizer_record(name, row) for name, rows in known for row in rows)
+    return csv_text(_weight_record(row) for row in _chosen(weight_rows(inspection.weights, choices.by), choices))
 
 
 def _chosen(rows: list[NormRow], choices: ViewChoices) -> list[NormRow]:
@@ -122,7 +122,7 @@ def _tensor_record(row: NormRow) -> Record:
 
 def simulation_csv(simulation: results.Simulation) -> str:
     """One row per policy and scope: overall, recent, group, phase, layer; then the ladder and the suggestions."""
-    return _csv(_simulation_records(simulation), SIMULATION_COLUMNS)
+    return csv_text(_simulation_records(simulation), SIMULATION_COLUMNS)
 
 
 def _simulation_records(simulation: results.Simulation) -> Iterator[Record]:
@@ -225,7 +225,7 @@ def _update_direction(change: Spread | None) -> Record:
 
 def check_csv(check: Check) -> str:
     """One row per violation; of a rule without any, one row."""
-    return _csv(_check_records(check), CHECK_COLUMNS)
+    return csv_text(_check_records(check), CHECK_COLUMNS)
 
 
 def _check_records(check: Check) -> Iterator[Record]:
@@ -248,7 +248,8 @@ def _safe(cell: Cell) -> Cell:
     return printable(cell) if isinstance(cell, str) else cell
 
 
-def _csv(records: Iterable[Record], columns: Iterable[str] = ()) -> str:
+def csv_text(records: Iterable[Record], columns: Iterable[str] = ()) -> str:
+    """``records`` under one header line: ``columns``, else the keys of the first."""
     rows = list(records)
     header = tuple(columns) or tuple(rows[0] if rows else ("name",))
     text = io.StringIO()

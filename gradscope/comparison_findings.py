@@ -1,0 +1,241 @@
+"""What a comparison means, in sentences: the first lines of every output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gradscope.comparison_results import Both, ClipComparison, Comparison, OptimizerSide, UnitComparison
+from gradscope.findings import policy_words
+from gradscope.notation import angle, count, names, number, percent, setting
+
+MEASURES = {"norm": "norm", "recent_norm": "recent norm", "weight_norm": "weight norm"}
+
+
+def comparison_findings(comparison: Comparison) -> tuple[str, ...]:
+    """The sentences for a comparison, most important first."""
+    return tuple(dict.fromkeys(_sentences(comparison)))
+
+
+def ratio_words(unit: UnitComparison) -> str:
+    """``2.10× (1.93 to 2.31)``: the ratio, with its interval where one is known."""
+    if unit.ratio is None:
+        return "zero in A" if not unit.typical.a else "zero in B"
+    if unit.ratio_ci95 is None or unit.ratio_ci95[0] == unit.ratio_ci95[1]:
+        return times(unit.ratio)
+    return f"{times(unit.ratio)} ({bounds(unit.ratio_ci95)})"
+
+
+def times(ratio: float) -> str:
+    """A ratio: ``1.04×``, ``65,536×``."""
+    return f"{number(ratio)}×"
+
+
+def bounds(interval: tuple[float, float]) -> str:
+    """An interval: ``1.93 to 2.31``."""
+    return f"{number(interval[0])} to {number(interval[1])}"
+
+
+def units_of(comparison: Comparison) -> tuple[str, tuple[UnitComparison, ...]]:
+    """What is told apart in the sentences: layers, else the series of logs."""
+    return ("layers", comparison.layers) if comparison.layers else ("series", comparison.tensors)
+
+
+def _sentences(comparison: Comparison) -> Iterator[str]:
+    yield from _nonfinite(comparison)
+    if comparison.verdict == "identical":
+        yield _identical(comparison)
+    elif comparison.constant_ratio is not None:
+        yield from _constant(comparison)
+    elif comparison.overall is not None:
+        yield from _sizes(comparison)
+    yield from _only(comparison)
+    for clip in comparison.recorded:
+        yield _recorded(clip)
+    for clip in comparison.policies:
+        yield _simulated(clip)
+    yield from _zeros(comparison)
+    yield from _shapes(comparison)
+    yield from _optimizers(comparison.optimizers)
+    if comparison.renamed is not None:
+        yield f"Names were matched past a prefix: {comparison.renamed}."
+
+
+def _identical(comparison: Comparison) -> str:
+    steps = comparison.steps.a
+    if not steps:
+        return "Identical: every number that they hold is the same."
+    where = "the one step" if steps == 1 else f"all {count(steps)} steps"
+    return f"Identical: norm, largest magnitude and zeros of every tensor are the same at {where}."
+
+
+def _nonfinite(comparison: Comparison) -> Iterator[str]:
+    held = comparison.nonfinite_steps
+    if held.a or held.b:
+        told = [
+            f"{letter} holds NaN or Inf at {count(n)} of {count(steps)} steps"
+            for letter, n, steps in (("A", held.a, comparison.steps.a), ("B", held.b, comparison.steps.b))
+            if n
+        ]
+        yield f"{' and '.join(told)}{'' if len(told) > 1 else ', ' + ('B' if held.a else 'A') + ' at none'}; left out."
+
+
+def _constant(comparison: Comparison) -> Iterator[str]:
+    constant = comparison.constant_ratio
+    assert constant is not None
+    what = MEASURES[comparison.measure or "norm"]
+    if constant.exact:
+        where = ", at every step" if comparison.steps.a > 1 else ""
+        yield f"Every {what} in B is {_exactly(constant.ratio)} times that in A{where}."
+    else:
+        assert constant.ci95 is not None
+        yield f"Every layer's {what} in B is about {number(constant.ratio)} times that in A ({bounds(constant.ci95)})."
+    if constant.explanations:
+        yield f"That may be {'; or '.join(constant.explanations)}."
+
+
+def _exactly(ratio: float) -> str:
+    """The whole number, or one part of such, that a ratio is but for rounding."""
+    for value, text in ((ratio, "{}"), (1.0 / ratio, "1/{}")):
+        if round(value) >= 1 and abs(value / round(value) - 1.0) < 1e-3:
+            return text.format(count(round(value)))
+    return number(ratio, 4)
+
+
+def _sizes(comparison: Comparison) -> Iterator[str]:
+    overall = comparison.overall
+    assert overall is not None
+    what = {"norm": "global norm", "recent_norm": "global recent norm", "weight_norm": "global weight norm"}[
+        comparison.measure or "norm"
+    ]
+    typical = overall.typical
+    sizes = f"{number(typical.a or 0.0)} in A, {number(typical.b or 0.0)} in B"
+    if overall.verdict == "identical":
+        yield f"The {what} is the same: {number(typical.a or 0.0)}."
+    elif overall.verdict == "within noise":
+        yield f"The {what} differs within noise: {sizes}, {ratio_words(overall)}."
+    elif overall.verdict == "differs":
+        yield f"The {what} differs beyond noise: {sizes}, {ratio_words(overall)}."
+    else:
+        yield f"The {what} is {sizes}, {ratio_words(overall)}{_why_unknown(comparison)}."
+    yield from _units(comparison)
+
+
+def _why_unknown(comparison: Comparison) -> str:
+    if comparison.measure != "norm":
+        return ""
+    return "; with so few steps nothing tells how much of that is noise"
+
+
+def _units(comparison: Comparison) -> Iterator[str]:
+    kind, units = units_of(comparison)
+    if len(units) < 2:
+        return
+    one = kind.removesuffix("s") if kind == "layers" else kind
+    differ = [unit for unit in units if unit.verdict == "differs"]
+    known = [unit for unit in units if unit.verdict != "unknown"]
+    if differ:
+        most = f"{differ[0].name}: {ratio_words(differ[0])}"
+        all_of = "All" if len(differ) == len(units) else f"{count(len(differ))} of"
+        yield f"{all_of} {count(len(units))} {kind} differ beyond noise, most {most}."
+    elif known and all(unit.verdict == "identical" for unit in units):
+        yield f"All {count(len(units))} {kind} are the same."
+    elif known:
+        yield f"None of {count(len(units))} {kind} differs beyond noise."
+    else:
+        told = [unit for unit in units if unit.ratio is not None]
+        if told:
+            yield f"The {one} that differs most is {told[0].name}: {ratio_words(told[0])}."
+
+
+def _only(comparison: Comparison) -> Iterator[str]:
+    for letter, held in (("A", comparison.only.a), ("B", comparison.only.b)):
+        if held:
+            layers = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in held))
+            tensors = f"{count(len(held))} tensor{'s' * (len(held) > 1)}"
+            yield f"Only {letter} has {tensors}, in {names(layers)}: not compared."
+
+
+def _recorded(clip: ClipComparison) -> str:
+    whose = "" if clip.name == "all" else f" {clip.name}'s"
+    limits = [_limit(clip.max_norm.a, clip.clip_value.a), _limit(clip.max_norm.b, clip.clip_value.b)]
+    same = limits[0] == limits[1]
+    told = [
+        f"{percent(rate.clip_rate)}{'' if same or not limit else f' ({limit})'}"
+        for rate, limit in zip((clip.rate.a, clip.rate.b), limits, strict=True)
+    ]
+    of = "gradients" if whose else "updates"
+    at = f" at {limits[0]}" if same and limits[0] else ""
+    return f"A clipped {told[0]} of its{whose} {of}{at}, B {told[1]}{_apart(clip)}."
+
+
+def _limit(max_norm: float | None, clip_value: float | None) -> str:
+    held = [(name, value) for name, value in (("max_norm", max_norm), ("clip_value", clip_value)) if value is not None]
+    return ", ".join(f"{name} {setting(value)}" for name, value in held)
+
+
+def _simulated(clip: ClipComparison) -> str:
+    drops = "drop" if (clip.policy or "").startswith("skip:") else "clip"
+    said = (
+        f"{policy_words(clip.policy or '')} would {drops} {percent(clip.rate.a.clip_rate)} of A and "
+        f"{percent(clip.rate.b.clip_rate)} of B{_apart(clip)}"
+    )
+    turned = clip.direction_change_deg
+    if turned is not None and turned.a is not None and turned.b is not None and max(turned.a, turned.b) > 1e-6:
+        said += f"; the median direction change is {angle(turned.a)} and {angle(turned.b)}"
+    return f"{said}."
+
+
+def _apart(clip: ClipComparison) -> str:
+    if clip.differs is None:
+        return " (too few independent steps to tell these apart)"
+    return ": these differ" if clip.differs else ": within noise"
+
+
+def _zeros(comparison: Comparison) -> Iterator[str]:
+    differ = [unit for unit in units_of(comparison)[1] if unit.zeros_differ and unit.zeros is not None]
+    if differ:
+        most = max(differ, key=lambda unit: abs(unit.zeros.b - unit.zeros.a) if unit.zeros else 0.0)
+        assert most.zeros is not None
+        others = "" if len(differ) == 1 else f" (and {count(len(differ) - 1)} more)"
+        yield (
+            f"Zeros differ in {most.name}{others}: {percent(most.zeros.a)} of its elements in A, "
+            f"{percent(most.zeros.b)} in B."
+        )
+
+
+def _shapes(comparison: Comparison) -> Iterator[str]:
+    differ = [unit for unit in units_of(comparison)[1] if unit.shape_differs]
+    if differ:
+        most = max(differ, key=lambda unit: unit.shape_distance or 0.0)
+        layers = "1 layer" if len(differ) == 1 else f"{count(len(differ))} layers"
+        yield (
+            f"Magnitudes spread otherwise in {layers}, most in {most.name}: {number(most.shape_distance or 0.0, 2)} "
+            f"octaves apart, where halves of one run are {number(most.shape_noise or 0.0, 2)} apart."
+        )
+
+
+def _optimizers(optimizers: Both[tuple[OptimizerSide, ...]]) -> Iterator[str]:
+    for a, b in _paired(optimizers.a, optimizers.b):
+        settings = (
+            ("type", a.type, b.type),
+            ("lr", _set(a.lr), _set(b.lr)),
+            ("max_norm", _set(a.max_norm), _set(b.max_norm)),
+        )
+        differ = [f"{name} {one} in A, {other} in B" for name, one, other in settings if one and other and one != other]
+        if differ:
+            yield f"The optimizers differ: {'; '.join(differ)}."
+        if a.saturation is not None and b.saturation is not None:
+            held = [percent(min(1.0, saturation)) for saturation in (a.saturation, b.saturation)]
+            yield f"Clip saturation is {held[0]} in A and {held[1]} in B."
+
+
+def _paired(a: Sequence[OptimizerSide], b: Sequence[OptimizerSide]) -> Iterator[tuple[OptimizerSide, OptimizerSide]]:
+    if len(a) == len(b) == 1:
+        yield a[0], b[0]
+        return
+    named = {optimizer.name: optimizer for optimizer in b}
+    yield from ((optimizer, named[optimizer.name]) for optimizer in a if optimizer.name in named)
+
+
+def _set(value: float | None) -> str:
+    return "" if value is None else setting(value)

@@ -1,0 +1,356 @@
+"""Two readings, unit by unit: how far a tensor, a layer, a clip group or everything lies apart, and beyond noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.comparison_results import Both, Measure, UnitComparison, Verdict
+from gradscope.differences import Difference, difference, student_probability, student_quantile
+from gradscope.spectrum_shapes import Shape, distance
+from gradscope.spread import Spread
+from gradscope.step_table import StepTable
+from gradscope.tensors import TensorInfo
+
+FloatArray = NDArray[np.float64]
+
+# At this level over all units of a kind together a unit is said to differ (Holm 1979).
+LEVEL = 0.05
+# How the difference itself wanders is told by this many parts of the runs.
+SEGMENTS = 8
+# Two runs follow each other step by step where what is new in each step is this much the same.
+LEAST_CORRELATION = 0.95
+FEWEST_PAIRED = 8
+# Sums in float64 over the same numbers in another order.
+ROUNDING = 1e-9
+# A share of zeros that moves by less is not worth a word.
+LEAST_ZEROS = 0.01
+# Cells of 1/16 octave and the bins of a trace blur a shape by about this, in octaves.
+LEAST_SHAPE = 0.05
+SHAPE_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """One source, read: arrays are [tensors], NaN where nothing is known, in the order of ``tensors``.
+
+    ``recent`` are the recent norms of an optimizer's state, or of the newest steps where the other source holds such;
+    ``shapes`` are those of the first and of the second half of the steps that were looked at.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    table: StepTable | None
+    recent: FloatArray
+    weight_norm: FloatArray
+    shapes: tuple[tuple[Shape, Shape], ...] = ()
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """The steps without NaN or Inf, whose squared norm exists."""
+        assert self.table is not None
+        return np.isfinite(self.table.norms(range(len(self.tensors))))
+
+    def norms(self, members: Sequence[int]) -> FloatArray:
+        """The L2 norm of ``members`` at every step; NaN where it holds NaN or Inf, or there was no gradient."""
+        assert self.table is not None
+        here = self.finite & self.table.there(members)
+        return np.where(here, self.table.norms(members), np.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is compared: the places of its tensors on either side."""
+
+    name: str
+    name_in_b: str
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How far the logarithm of a norm differs, by the noise within the runs and by how the difference wanders."""
+
+    noise: Difference
+
+    @property
+    def change(self) -> float:
+        """The mean of log B − log A."""
+        return self.noise.change
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.noise.error) and math.isfinite(self.noise.change)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The wider of the intervals by noise within the runs and by the scatter of equal fractions of them."""
+        low, high = self.noise.interval(confidence)
+        wander, freedom = self._wander()
+        if wander > 0.0:
+            reach = student_quantile(0.5 + confidence / 2.0, freedom) * wander
+            low, high = min(low, self.change - reach), max(high, self.change + reach)
+        return low, high
+
+    @property
+    def probability(self) -> float:
+        """How likely so large a change is where there is none."""
+        if abs(self.change) <= ROUNDING:
+            return 1.0
+        found = 0.0
+        if self.noise.error > 0.0:
+            found = student_probability(abs(self.change) / self.noise.error, self.noise.freedom)
+        wander, freedom = self._wander()
+        return max(found, student_probability(abs(self.change) / wander, freedom)) if wander > 0.0 else found
+
+    def _wander(self) -> tuple[float, float]:
+        changes = np.array(self.noise.changes)
+        if len(changes) < SEGMENTS or np.isnan(changes).any():
+            return 0.0, math.inf
+        segments = changes.reshape(SEGMENTS, -1).mean(axis=1)
+        return float(segments.std(ddof=1)) / math.sqrt(SEGMENTS), SEGMENTS - 1.0
+
+
+def follow_each_other(a: Reading, b: Reading, whole: Unit) -> bool:
+    """Whether both hold the same steps, and the gradients change from one to the next in the same way."""
+    if a.table is None or b.table is None or not np.array_equal(a.table.index, b.table.index):
+        return False
+    logs = [_logs(side.norms(members)) for side, members in ((a, whole.a), (b, whole.b))]
+    if np.nanmax(np.abs(logs[0] - logs[1] - np.nanmedian(logs[0] - logs[1])), initial=0.0) <= ROUNDING:
+        return bool(np.isfinite(logs[0] - logs[1]).any())
+    known = np.isfinite(logs[0]) & np.isfinite(logs[1])
+    steps = [np.diff(series[known]) for series in logs]
+    if len(steps[0]) < FEWEST_PAIRED or not (steps[0].std() > 0.0 and steps[1].std() > 0.0):
+        return False
+    return bool(np.corrcoef(steps[0], steps[1])[0, 1] >= LEAST_CORRELATION)
+
+
+def compare_units(
+    a: Reading, b: Reading, units: Sequence[Unit], measure: Measure, paired: bool
+) -> tuple[list[UnitComparison], list[Change | None]]:
+    """Every unit, sorted by what differs most beyond noise, and the change behind each."""
+    found = [_compare(a, b, unit, measure, paired) for unit in units]
+    differ = holm([change.probability if change is not None and change.known else math.nan for _, change, _ in found])
+    zeros = holm([math.nan if zeros is None else zeros.probability for _, _, zeros in found])
+    told = [
+        (_judged(unit, change, apart, _zeros_differ(unit, other)), change)
+        for (unit, change, _), apart, other in zip(found, differ, zeros, strict=True)
+    ]
+    told.sort(key=lambda pair: _rank(*pair))
+    return [unit for unit, _ in told], [change for _, change in told]
+
+
+def holm(probabilities: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Which of several hypotheses fall at ``level`` for all of them together (Holm 1979); NaN: not tested."""
+    tested = sorted((p, i) for i, p in enumerate(probabilities) if not math.isnan(p))
+    fall = [False] * len(probabilities)
+    for done, (p, i) in enumerate(tested):
+        if p > level / (len(tested) - done):
+            break
+        fall[i] = True
+    return fall
+
+
+def constant_change(changes: Sequence[Change | None]) -> tuple[float, float, float] | None:
+    """The one change that all of ``changes`` allow, together at 95 %: its middle, least and most; None: there is none.
+
+    The intervals are simultaneous (Bonferroni); what they all hold is what is left of each.
+    """
+    known = [change for change in changes if change is not None and change.known]
+    if not known:
+        return None
+    confidence = 1.0 - LEVEL / len(known)
+    intervals = [change.interval(confidence) for change in known]
+    low, high = max(low for low, _ in intervals), min(high for _, high in intervals)
+    return ((low + high) / 2.0, low, high) if low <= high else None
+
+
+def _logs(norms: FloatArray) -> FloatArray:
+    """Natural logarithms, NaN where a norm is zero or not known."""
+    return np.log(norms, out=np.full(norms.shape, np.nan), where=norms > 0.0)
+
+
+def _compare(
+    a: Reading, b: Reading, unit: Unit, measure: Measure, paired: bool
+) -> tuple[UnitComparison, Change | None, Change | None]:
+    """The unit, the change of its norm, and that of its share of zeros."""
+    change, zeros_change = None, None
+    if measure == "norm":
+        compared, change, zeros_change = _series(a, b, unit, paired)
+    else:
+        compared = _numbers(a, b, unit, measure)
+    weights = [_joined(side.weight_norm, members) for side, members in ((a, unit.a), (b, unit.b))]
+    if measure != "weight_norm" and not math.isnan(weights[0] + weights[1]):
+        compared = replace(compared, weight_norm=Both(*weights))
+    return compared, change, zeros_change
+
+
+def _joined(norms: FloatArray, members: Sequence[int]) -> float:
+    """The norm of ``members`` together, of those that are known."""
+    held = norms[list(members)]
+    known = held[~np.isnan(held)]
+    return float(np.sqrt(np.square(known).sum())) if len(known) else math.nan
+
+
+def _numbers(a: Reading, b: Reading, unit: Unit, measure: Measure) -> UnitComparison:
+    """One number on each side, and no noise known."""
+    arrays = (a.recent, b.recent) if measure == "recent_norm" else (a.weight_norm, b.weight_norm)
+    one, other = _joined(arrays[0], unit.a), _joined(arrays[1], unit.b)
+    same = one == other or abs(one - other) <= ROUNDING * max(one, other)
+    wholes = [float(np.nansum(np.square(array))) for array in arrays]
+    shares = [
+        value * value / whole if whole > 0.0 else math.nan for value, whole in zip((one, other), wholes, strict=True)
+    ]
+    return UnitComparison(
+        name=unit.name,
+        name_in_b=unit.name_in_b,
+        typical=Both(_known(one), _known(other)),
+        ratio=other / one if one > 0.0 and other > 0.0 else None,
+        ratio_ci95=None,
+        p_value=None,
+        verdict="identical" if same else "unknown",
+        share=None if math.isnan(sum(shares)) else Both(*shares),
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _series(a: Reading, b: Reading, unit: Unit, paired: bool) -> tuple[UnitComparison, Change | None, Change | None]:
+    assert a.table is not None and b.table is not None
+    norms = (a.norms(unit.a), b.norms(unit.b))
+    known = [series[~np.isnan(series)] for series in norms]
+    one, other = _logs(norms[0]), _logs(norms[1])
+    noise = difference(np.where(np.isnan(other - one), np.nan, 0.0), other - one) if paired else difference(one, other)
+    change = Change(noise)
+    shown = not math.isnan(change.change)
+    zeros = _zeros(a, b, unit)
+    shape, floor = _shapes(a, b, unit)
+    ratios = [
+        _known(table.update_ratio(members) or math.nan) for table, members in ((a.table, unit.a), (b.table, unit.b))
+    ]
+    totals = [float(np.nansum(np.square(side.norms(range(len(side.tensors)))))) for side in (a, b)]
+    shares = [
+        float(np.square(series).sum()) / total if total > 0.0 else math.nan
+        for series, total in zip(known, totals, strict=True)
+    ]
+    return (
+        UnitComparison(
+            name=unit.name,
+            name_in_b=unit.name_in_b,
+            typical=Both(_typical(one, known[0]), _typical(other, known[1])),
+            ratio=math.exp(change.change) if shown else None,
+            ratio_ci95=_exponentials(change.interval()) if shown and change.known else None,
+            p_value=change.probability if shown and change.known else None,
+            verdict="identical" if _same(a, b, unit) else "unknown",
+            effective_steps=Both(*noise.effective) if shown else None,
+            steps=Both(len(known[0]), len(known[1])),
+            l2_norm=Both(Spread.of(known[0]), Spread.of(known[1])),
+            share=None if math.isnan(sum(shares)) else Both(*shares),
+            zeros=None if zeros is None else Both(float(zeros[0].mean()), float(zeros[1].mean())),
+            update_ratio=Both(*ratios) if None not in ratios else None,  # type: ignore[arg-type]
+            shape_distance=shape,
+            shape_noise=floor,
+            shape_differs=shape is not None and floor is not None and shape > max(LEAST_SHAPE, SHAPE_FACTOR * floor),
+        ),
+        change if shown else None,
+        None if zeros is None else Change(difference(zeros[0], zeros[1])),
+    )
+
+
+def _typical(logs: FloatArray, norms: FloatArray) -> float | None:
+    """The geometric mean of the norms that are not zero; 0 where all are."""
+    held = logs[~np.isnan(logs)]
+    if len(held):
+        return math.exp(float(held.mean()))
+    return 0.0 if len(norms) else None
+
+
+def _exponentials(bounds: tuple[float, float]) -> tuple[float, float]:
+    return math.exp(bounds[0]) if bounds[0] < 709.0 else math.inf, math.exp(bounds[1]) if bounds[
+        1
+    ] < 709.0 else math.inf
+
+
+def _zeros(a: Reading, b: Reading, unit: Unit) -> tuple[FloatArray, FloatArray] | None:
+    """The share of zeros at every step at which there is a gradient, on both sides."""
+    found = []
+    for side, members in ((a, unit.a), (b, unit.b)):
+        assert side.table is not None
+        numel = sum(side.tensors[i].numel for i in members)
+        here = side.finite & side.table.present[:, list(members)].all(axis=1)
+        if not numel or not here.any():
+            return None
+        found.append(side.table.zeros[here][:, list(members)].sum(axis=1) / numel)
+    return found[0], found[1]
+
+
+def _zeros_differ(unit: UnitComparison, beyond_noise: bool) -> bool:
+    return beyond_noise and unit.zeros is not None and abs(unit.zeros.b - unit.zeros.a) >= LEAST_ZEROS
+
+
+def _shapes(a: Reading, b: Reading, unit: Unit) -> tuple[float | None, float | None]:
+    """How far the shapes are apart, and how far the halves of one side are from each other."""
+    if not a.shapes or not b.shapes:
+        return None, None
+    halves = [
+        [Shape.merge(side.shapes[i][half] for i in members) for half in (0, 1)]
+        for side, members in ((a, unit.a), (b, unit.b))
+    ]
+    apart = distance(Shape.merge(halves[0]), Shape.merge(halves[1]))
+    own = [distance(*pair) for pair in halves]
+    return apart, max(d for d in own if d is not None) if None not in own else None
+
+
+def _same(a: Reading, b: Reading, unit: Unit) -> bool:
+    """Whether all numbers of the unit are the same on both sides, step by step."""
+    one, other = a.table, b.table
+    assert one is not None and other is not None
+    i, j = list(unit.a), list(unit.b)
+    if not np.array_equal(one.index, other.index) or len(i) != len(j):
+        return False
+    exact = all(
+        np.array_equal(mine[:, i], theirs[:, j])
+        for mine, theirs in (
+            (one.zeros, other.zeros),
+            (one.nan, other.nan),
+            (one.inf, other.inf),
+            (one.present, other.present),
+        )
+    )
+    return exact and all(
+        np.allclose(mine[:, i], theirs[:, j], rtol=ROUNDING, atol=0.0, equal_nan=True)
+        for mine, theirs in ((one.energy, other.energy), (one.max_abs, other.max_abs))
+    )
+
+
+def _judged(unit: UnitComparison, change: Change | None, apart: bool, zeros_differ: bool) -> UnitComparison:
+    verdict: Verdict = unit.verdict
+    if verdict != "identical" and change is not None and change.known:
+        verdict = "differs" if apart else "within noise"
+    if (
+        verdict == "unknown"
+        and unit.steps is not None
+        and unit.ratio is None
+        and None not in (unit.typical.a, unit.typical.b)
+    ):
+        # Zero at every step of one side, and not of the other.
+        verdict = "differs" if (unit.typical.a or unit.typical.b) and min(unit.steps.a, unit.steps.b) > 1 else "unknown"
+    return replace(unit, verdict=verdict, zeros_differ=zeros_differ)
+
+
+def _rank(unit: UnitComparison, change: Change | None) -> tuple[int, float]:
+    """What differs comes first, by how far from 1 its ratio surely is; then the rest by its ratio."""
+    order: dict[Verdict, int] = {"differs": 0, "unknown": 1, "within noise": 2, "identical": 3}
+    if unit.ratio is None:
+        return order[unit.verdict], -math.inf if unit.verdict == "differs" else math.inf
+    beyond = abs(math.log(unit.ratio))
+    if change is not None and change.known:
+        low, high = change.interval()
+        beyond = max(low, -high)
+    return order[unit.verdict], -beyond
