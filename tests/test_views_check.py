@@ -93,9 +93,9 @@ def test_every_source_has_its_section() -> None:
 
 def test_a_source_that_was_not_named_is_introduced() -> None:
     assert table(healthy(), opening="Using runs/ppo").startswith("Using runs/ppo: SB3 PPO · 100 updates\n")
-    picked = replace(source(), picked="the last of 3", arguments="--tag x", steps=1)
+    picked = replace(source(), picked="m.pt, newest of 3 in runs", arguments="--tag x", steps=1)
     text = table(replace(healthy(), sources=(picked,)), width=120)
-    assert text.startswith("runs/ppo.gradscope --tag x: the last of 3 · SB3 PPO · 1 update\n")
+    assert text.startswith("m.pt, newest of 3 in runs --tag x: SB3 PPO · 1 update\n")
 
 
 def test_what_happened_first_comes_first_even_where_it_was_not_the_worst() -> None:

@@ -72,16 +72,16 @@ def _blocks(check: Check, choices: ViewChoices) -> Iterator[Block]:
             yield _passed_table(passed, choices)
         if skipped := [outcome for outcome in outcomes if outcome.status == "skipped"]:
             yield Sentence(_skipped(skipped), tone="quiet")
-    yield from (Sentence(note, tone="quiet") for note in check.notes)
+    yield from (Sentence(note) for note in check.notes)
     yield from _closing(check)
 
 
 def _opening(source: Source, opening: str = "") -> str:
-    words = [source.picked] if source.picked else []
-    words.append(run_words(source))
+    words = [run_words(source)]
     if source.steps:
         words.append(f"{count(source.steps)} {step_word(source)[: None if source.steps != 1 else -1]}")
-    named = opening or " ".join(filter(None, (source.path, source.arguments)))
+    # What was picked is told with the directory that was named.
+    named = opening or " ".join(filter(None, (source.picked or source.path, source.arguments)))
     return f"{named}: {' · '.join(words)}"
 
 
