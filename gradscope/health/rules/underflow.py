@@ -27,6 +27,7 @@ SMALLEST = {
 }
 # What a mean that a trace keeps as a float32 may be off.
 SAME_NUMBER = 1e-6
+WORTH_TELLING = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     beyond = [reading for reading in readings if (reading.value or 0.0) > most]
     if beyond:
         return Verdict.violated(beyond)
-    return Verdict.well(readings[0] if readings[0].value or wanted else _nothing(layers, most, steps))
+    telling = bool(wanted) or (readings[0].value or 0.0) >= WORTH_TELLING
+    return Verdict.well(readings[0] if telling else _nothing(layers, most, steps))
 
 
 def _layers(evidence: Evidence) -> dict[str, list[_Tensor]]:
@@ -138,7 +140,8 @@ UNDERFLOW = Rule(
     severity="error",
     about="A narrow number format rounded part of a gradient to zero, as float16 does without loss scaling.",
     formula="lost / (lost + elements that are not zero) of a layer, lost: half the elements on the format's smallest "
-    "number s, at most the zeros; with format or loss-scale: elements with |g| * loss-scale < s/2 / elements that are not zero",
+    "number s, at most the zeros; with format or loss-scale: elements with |g| * loss-scale < s/2 "
+    "/ elements that are not zero",
     source="Micikevicius et al. 2018, Mixed Precision Training, section 3.2; IEEE 754 (float16: s = 2^-24)",
     limits=(
         Limit("max", 0.01, "largest share of a layer's elements that are lost", most=1.0),

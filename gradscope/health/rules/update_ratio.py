@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.notation import number
 from gradscope.optimizer_state import AdamMoments
 from gradscope.selection import recent_part
+from gradscope.trace.schema import TENSOR_SPECTRA_EVERY
+
+FloatArray = NDArray[np.float64]
 
 FEWEST_MEASURED = 3
 
@@ -24,61 +27,87 @@ class _Ratio:
     layer: str
     value: float
     steps: tuple[int, int] | None
+    said: str
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
-    """Compare the median of each layer with both limits."""
+    """Compare each layer's first and recent updates with both limits."""
     most, least = limits.number("max"), limits.number("min")
+    first: list[_Ratio] = []
     if evidence.table is not None and evidence.table.measured is not None:
-        ratios, found = _recorded(evidence), "recent updates"
+        first, recent = _first(evidence), _recent(evidence)
     else:
         moments = evidence.source.adam_moments()
         if moments is None:
             return Verdict.cannot_tell("neither a recorded run nor Adam's state beside its weights")
-        ratios, found = _stored(moments), "Adam update for its stored moments"
-    if not ratios:
+        recent = _stored(moments)
+    if not (first or recent):
         return Verdict.cannot_tell("no update of a layer with a matrix is known at enough steps")
-    high = sorted((ratio for ratio in ratios if ratio.value > most), key=lambda ratio: -ratio.value)
-    low = sorted((ratio for ratio in ratios if ratio.value < least), key=lambda ratio: ratio.value)
-    if high or low:
-        return Verdict.violated(
-            [
-                *(_reading(ratio, most, found, "lower the learning rate") for ratio in high),
-                *(_reading(ratio, least, found, "it next to does not learn") for ratio in low),
-            ]
-        )
-    return Verdict.well(_reading(max(ratios, key=lambda ratio: ratio.value), most, found, None))
+    ranked = sorted((*first, *recent), key=lambda ratio: -ratio.value)
+    beyond = [_reading(ratio, most, "; lower the learning rate") for ratio in ranked if ratio.value > most]
+    low = sorted((ratio for ratio in recent if ratio.value < least), key=lambda ratio: ratio.value)
+    beyond += [_reading(ratio, least, ": it hardly learns") for ratio in low]
+    return Verdict.violated(beyond) if beyond else Verdict.well(_reading(ranked[0], most, ""))
 
 
-def _reading(ratio: _Ratio, limit: float, found: str, advice: str | None) -> Reading:
-    said = f"The {found} of {ratio.layer}" if advice else f"The largest, of {ratio.layer}: the {found}"
-    message = f"{said} change {number(ratio.value)} of its weights a step" + (f": {advice}." if advice else ".")
-    return Reading(ratio.value, limit, ratio.layer, ratio.steps, message)
+def _reading(ratio: _Ratio, limit: float, remedy: str) -> Reading:
+    return Reading(ratio.value, limit, ratio.layer, ratio.steps, f"{ratio.said}{remedy}.")
 
 
-def _recorded(evidence: Evidence) -> list[_Ratio]:
-    """The median over the newest part of the run, of each layer that holds a matrix."""
+def _recent(evidence: Evidence) -> list[_Ratio]:
+    """‖update‖/‖θ‖ of each layer that holds a matrix: the median over the newest part of the run."""
     table = evidence.table
     assert table is not None and table.measured is not None
-    assert table.weight_norm is not None and table.update_norm is not None
-    newest = table.measured >= recent_part(len(table.index)).start
-    measured = table.measured[newest]
+    newest = np.flatnonzero(table.measured >= recent_part(len(table.index)).start)
+    if len(newest) < FEWEST_MEASURED:
+        newest = np.arange(len(table.measured))
     ratios = []
-    for layer, members in evidence.layers.items():
-        matrices = [place for place in members if _is_matrix(evidence.tensors[place].shape)]
-        if not matrices:
+    for layer, updates, weights, default in _measured(evidence):
+        values = (updates / np.maximum(weights, default))[newest]
+        known = np.isfinite(values)
+        if known.sum() < FEWEST_MEASURED:
             continue
-        floor = math.sqrt(sum(_default_energy(evidence.tensors[place].shape) for place in matrices))
-        values = _ratios(table.weight_norm[newest][:, matrices], table.update_norm[newest][:, matrices], floor)
-        known = ~np.isnan(values)
-        if known.sum() >= FEWEST_MEASURED:
-            ratios.append(_Ratio(layer, float(np.median(values[known])), evidence.steps_of(measured[known])))
+        value = float(np.median(values[known]))
+        said = f"A recent step changes {layer} by {number(value)} of its weights in the median"
+        ratios.append(_Ratio(layer, value, evidence.steps_of(table.measured[newest][known]), said))
     return ratios
 
 
-def _ratios(weights: NDArray[np.float64], updates: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
-    size = np.maximum(np.sqrt(np.square(weights).sum(axis=1)), floor)
-    return np.asarray(np.sqrt(np.square(updates).sum(axis=1)) / size)
+def _first(evidence: Evidence) -> list[_Ratio]:
+    """‖update‖ over the norm that a layer's matrices start with by default: the mean of the first three measured.
+
+    Adam's updates are as long however long the weights have become, so that too high a learning rate hides itself in
+    them: ‖update‖/‖θ‖ shows it at the beginning only.
+    """
+    table = evidence.table
+    assert table is not None and table.measured is not None
+    if len(table.measured) < FEWEST_MEASURED or table.index[table.measured[0]] >= TENSOR_SPECTRA_EVERY:
+        return []
+    ratios = []
+    for layer, updates, _, default in _measured(evidence):
+        values = updates[:FEWEST_MEASURED] / default
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        value = float(values[known].mean())
+        said = f"The first steps change {layer} by {number(value)} of weights as they start by default"
+        ratios.append(_Ratio(layer, value, evidence.steps_of(table.measured[:FEWEST_MEASURED][known]), said))
+    return ratios
+
+
+def _measured(evidence: Evidence) -> Iterator[tuple[str, FloatArray, FloatArray, float]]:
+    """Each layer's matrices together: update and weight norms at the steps measured, and their default norm."""
+    table = evidence.table
+    assert table is not None and table.weight_norm is not None and table.update_norm is not None
+    for layer, members in evidence.layers.items():
+        matrices = [place for place in members if _is_matrix(evidence.tensors[place].shape)]
+        if matrices:
+            default = math.sqrt(sum(_default_energy(evidence.tensors[place].shape) for place in matrices))
+            yield layer, _norms(table.update_norm[:, matrices]), _norms(table.weight_norm[:, matrices]), default
+
+
+def _norms(each: FloatArray) -> FloatArray:
+    return np.asarray(np.sqrt(np.square(each).sum(axis=1)))
 
 
 def _stored(moments: Mapping[str, AdamMoments]) -> list[_Ratio]:
@@ -87,21 +116,23 @@ def _stored(moments: Mapping[str, AdamMoments]) -> list[_Ratio]:
     for name, held in moments.items():
         if held.weight is None or held.exp_avg is None or held.exp_avg_sq is None or held.step < 1:
             continue
-        weight = held.weight()
-        if not _is_matrix(weight.shape):
+        values = held.weight()
+        if not _is_matrix(values.shape):
             continue
         sums = energies.setdefault(name.rsplit(".", 1)[0], [0.0, 0.0, 0.0])
         sums[0] += float(np.square(adam_update(held)).sum())
-        sums[1] += float(np.square(weight.astype(np.float64)).sum())
-        sums[2] += _default_energy(weight.shape)
-    ratios = [
-        _Ratio(layer, math.sqrt(update / max(weight, floor)), None)
-        for layer, (update, weight, floor) in energies.items()
-    ]
-    return [ratio for ratio in ratios if not math.isnan(ratio.value)]
+        sums[1] += float(np.square(values.astype(np.float64)).sum())
+        sums[2] += _default_energy(values.shape)
+    ratios = []
+    for layer, (update, weight, default) in energies.items():
+        value = math.sqrt(update / max(weight, default))
+        said = f"Adam's last update changed {layer} by {number(value)} of its weights"
+        if math.isfinite(value):
+            ratios.append(_Ratio(layer, value, None, said))
+    return ratios
 
 
-def adam_update(held: AdamMoments) -> NDArray[np.float64]:
+def adam_update(held: AdamMoments) -> FloatArray:
     """lr·m̂/(√v̂ + eps), float64 of the parameter's shape: the last update, without decoupled weight decay.
 
     Source: Kingma & Ba 2015, algorithm 1.
@@ -129,8 +160,9 @@ UPDATE_RATIO = Rule(
     name="update-ratio",
     severity="error",
     about="A step changes too much (or, with min, too little) of a layer's weights.",
-    formula="median over the newest part of the run of |update| / max(|weights|, sqrt(rows / 3)) of a layer's "
-    "matrices; of an Adam checkpoint |lr * m_hat / (sqrt(v_hat) + eps)| / the same",
+    formula="|update| / max(|weights|, d) of a layer's matrices, d = sqrt(rows / 3) their norm in torch's default "
+    "initialisation: the median over the newest part of the run; |update| / d: the mean of the first three measured; "
+    "of an Adam checkpoint |lr * m_hat / (sqrt(v_hat) + eps)| / max(|weights|, d)",
     source="Karpathy's rule of thumb, about 1e-3; You et al. 2017 (LARS: trust ratio)",
     limits=(
         Limit("max", 0.1, "largest share of a layer's weights that a step changes"),
