@@ -46,8 +46,7 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
             continue
         silent = _silent_part(there, table.max_abs[there, place], evidence.source.in_time)
         if silent is not None:
-            zero[tensor.name] = silent_steps = evidence.steps_of(silent) or (0, 0)
-            assert silent_steps
+            zero[tensor.name] = (int(table.index[silent[0]]), int(table.index[silent[-1]]))
         elif not is_embedding(tensor.name):
             share = _steady_zeros(table.zeros[there, place]) / tensor.numel
             shares.append(_share_reading(evidence, there, tensor.name, share, most))
@@ -57,7 +56,7 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
     if readings:
         return Verdict.violated(readings)
     if not shares:
-        return Verdict.well(Reading(0.0, most, None, evidence.steps_of(rows), "No tensor is zero at every step."))
+        return Verdict.cannot_tell(f"no tensor had a gradient at {FEWEST_STEPS} steps")
     return Verdict.well(shares[0])
 
 
@@ -100,6 +99,9 @@ def _zero_message(tensors: Sequence[str], steps: tuple[int, int], total: int) ->
 
 
 def _share_reading(evidence: Evidence, rows: NDArray[np.int64], name: str, share: float, most: float) -> Reading:
+    if share == 0.0:
+        message = "No tensor has elements that are seen to have a gradient of zero at every step."
+        return Reading(0.0, most, None, evidence.steps_of(rows), message)
     message = f"{percent(share)} of the elements of {name} have a gradient of zero at every step"
     if share > most:
         message += ": dead units (a large negative bias, too high a learning rate)"

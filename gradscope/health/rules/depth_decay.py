@@ -120,11 +120,13 @@ def _reading(typical: TypicalGradients, fit: _Fit, limit: float) -> Reading:
     first, last = blocks[0], blocks[-1]
     per_layer = fit.decay ** (1.0 / (len(blocks) - 1))
     message = (
-        f"From {last.name} to {first.name} the gradient per element shrinks {number(fit.decay)} times over "
+        f"From layer {last.name} back to {first.name} the gradient per element shrinks {number(fit.decay)} times over "
         f"{len(blocks)} layers, {number(per_layer)} times a layer"
     )
     if fit.decay <= 1.0:
-        message = f"From {last.name} to {first.name}, over {len(blocks)} layers, the gradient does not shrink"
+        message = (
+            f"From layer {last.name} back to {first.name}, over {len(blocks)} layers, the gradient does not shrink"
+        )
     if fit.decay > limit:
         message += "; normalise the layers, add residual connections, or initialise them for their activation"
     return Reading(fit.decay, limit, first.name, typical.steps, f"{message}.")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gradscope.check_results import Reading
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
-from gradscope.health.running_median import running_median
+from gradscope.health.running_median import medians_before, running_medians
 from gradscope.notation import number, setting
 
 # The window of the running median: a sixteenth of the run, within these.
@@ -27,15 +27,16 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     if not len(rows):
         return Verdict.cannot_tell("every step holds NaN or Inf")
     norms = joint[rows]
-    size = _size(evidence, rows, norms, limits.number("max"))
-    growth = _growth(evidence, rows, norms, limits.number("ratio"))
-    beyond = [reading for reading in (size, growth) if reading is not None and _exceeded(reading)]
-    return Verdict.violated(beyond) if beyond else Verdict.well(growth or size)
+    growth = _growth(evidence, rows, norms, limits)
+    readings = [_size(evidence, rows, norms, limits.number("max")), *([growth] if growth is not None else [])]
+    beyond = [reading for reading in readings if _nearness(reading) > 1.0]
+    return Verdict.violated(beyond) if beyond else Verdict.well(max(readings, key=_nearness))
 
 
-def _exceeded(reading: Reading) -> bool:
+def _nearness(reading: Reading) -> float:
+    """The value over its limit."""
     assert reading.value is not None and reading.limit is not None
-    return reading.value > reading.limit
+    return reading.value / reading.limit if reading.limit else math.inf
 
 
 def _window(steps: int) -> int:
@@ -47,43 +48,41 @@ def _size(evidence: Evidence, rows: NDArray[np.int64], norms: NDArray[np.float64
     window = _window(len(norms))
     if not evidence.source.in_time or len(norms) < window:
         window = len(norms)
-    medians = running_median(norms, window)
+    starts, medians = running_medians(norms, window)
     at = int(np.argmax(medians))
     largest = float(medians[at])
     what = "Gradient norm" if window == 1 else f"Median gradient norm of {window} steps"
     message = f"{what}: {number(largest)}"
     if largest > most:
         message += f", above {setting(most)}; lower the learning rate or clip by norm, and look at the loss"
-    return Reading(largest, most, None, evidence.steps_of(rows[at : at + window]), f"{message}.")
+    return Reading(largest, most, None, evidence.steps_of(rows[starts[at] : starts[at] + window]), f"{message}.")
 
 
-def _growth(evidence: Evidence, rows: NDArray[np.int64], norms: NDArray[np.float64], most: float) -> Reading | None:
-    """The largest ratio of a running median to the median of all steps before its window."""
+def _growth(evidence: Evidence, rows: NDArray[np.int64], norms: NDArray[np.float64], limits: Limits) -> Reading | None:
+    """The largest ratio of a running median to the median of all steps before its window; None where none counts."""
     window = _window(len(norms))
     if not evidence.source.in_time or len(norms) < 2 * window:
         return None
-    before = _medians_so_far(norms)[window - 1 : -window]
-    after = running_median(norms, window)[window:]
-    told = before > 0.0
-    if not told.any():
+    starts, after = running_medians(norms, window)
+    starts, after = starts[starts >= window], after[starts >= window]
+    before = medians_before(norms, starts)
+    counts = (before > 0.0) & (after > limits.number("min-norm"))
+    most = limits.number("ratio")
+    if not counts.any():
         return None
-    ratios = np.where(told, after / np.where(told, before, 1.0), 0.0)
+    ratios = np.zeros(len(starts))
+    np.divide(after, before, out=ratios, where=counts)
     at = int(np.argmax(ratios))
     grown = float(ratios[at])
-    steps = evidence.steps_of(rows[at + window : at + 2 * window])
+    steps = evidence.steps_of(rows[starts[at] : starts[at] + window])
     assert steps is not None
-    message = f"The gradient norm grew at most {number(grown)} times over the median of what came before."
+    message = f"The median norm of {window} steps is at most {number(grown)} times that of all steps before them."
     if grown > most:
         message = (
             f"From step {steps[0]} on the median gradient norm is {number(float(after[at]))}, {number(grown)} times "
             f"that of the steps before ({number(float(before[at]))}): the run diverges; lower the learning rate."
         )
     return Reading(grown, most, None, steps, message)
-
-
-def _medians_so_far(norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The median of the first 1, 2, 3 … values, of at most 256 of them evenly spaced."""
-    return np.array([np.median(norms[: n + 1 : n // 256 + 1]) for n in range(len(norms))])
 
 
 def _remembered(evidence: Evidence, most: float) -> Verdict:
@@ -109,6 +108,7 @@ EXPLODING = Rule(
     limits=(
         Limit("max", 1e6, "largest median norm over several steps"),
         Limit("ratio", 100.0, "largest growth over the median of what came before", least=1.0),
+        Limit("min-norm", 100.0, "median norm up to which growth does not count: a run may start at next to nothing"),
     ),
     judge=judge,
 )

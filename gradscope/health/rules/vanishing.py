@@ -60,7 +60,7 @@ def _parts(layers: Sequence[TypicalGradient]) -> list[list[TypicalGradient]]:
 
 
 def _absolute(typical: TypicalGradients, layer: TypicalGradient, least: float) -> _Reading:
-    message = f"{layer.name} has a {typical.word} gradient norm of {number(layer.norm)}"
+    message = f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}"
     if layer.norm < least:
         message += ": too small to train it"
     return _Reading(Reading(layer.norm, least, layer.name, typical.steps, f"{message}."))
@@ -83,7 +83,7 @@ def _beside_others(typical: TypicalGradients, layers: Sequence[TypicalGradient],
                 least,
                 layer.name,
                 typical.steps,
-                f"{layer.name} has a {typical.word} gradient norm of {number(layer.norm)}: {measure}, "
+                f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}: {measure}, "
                 f"{number(size / middle)} times that of the median layer.",
             )
         )
