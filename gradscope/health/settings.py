@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def _from_table(table: Mapping[str, Any], directory: Path) -> CheckSettings:
             known = [*_OPTIONS, *(rule.name for rule in RULES)]
             raise GradscopeError(key, "is no rule and no setting", nearest(key, known) or _LIST_RULES)
         if not isinstance(value, dict):
-            raise GradscopeError(key, "must be a table", f"for example {key}.{find_rule(key).limits[0].name} = …")
+            raise GradscopeError(key, "must be a table", f'for example {key}.severity = "warn"')
         for name, given in value.items():
             settings = settings.with_rule(f"{key}.{name}", given)
     baseline = _of_kind(table, "baseline", str)
@@ -210,7 +211,7 @@ def _checked(key: str, limit: Limit, value: object) -> LimitValue:
         if limit.choices:
             return _choice(key, value, limit.choices)
         if not isinstance(value, str):
-            raise GradscopeError(key, f"must be a text, not {value!r}")
+            raise GradscopeError(key, f"must be a text, not {_told(value)}")
         if limit.verify is not None:
             try:
                 limit.verify(value)
@@ -218,11 +219,11 @@ def _checked(key: str, limit: Limit, value: object) -> LimitValue:
                 raise GradscopeError(key, error.why, error.hint) from None
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise GradscopeError(key, f"must be {_bounds(limit)}, not {value!r}")
+        raise GradscopeError(key, f"must be {_bounds(limit)}, not {_told(value)}")
     try:
         number = float(value)
     except OverflowError:
-        number = math.copysign(math.inf, value)
+        number = math.inf if value > 0 else -math.inf
     if not limit.least <= number <= limit.most:
         raise GradscopeError(key, f"must be {_bounds(limit)}, not {setting(number)}")
     return number
@@ -239,4 +240,10 @@ def _choice(key: str, value: object, choices: tuple[str, ...]) -> str:
         return value
     hint = nearest(value, choices) if isinstance(value, str) else None
     named = " or ".join(choice or '""' for choice in choices)
-    raise GradscopeError(key, f"must be {named}, not {value!r}", hint)
+    raise GradscopeError(key, f"must be {named}, not {_told(value)}", hint)
+
+
+def _told(value: object) -> str:
+    """``value`` in a sentence, however long it is."""
+    huge = isinstance(value, int) and value.bit_length() > 64
+    return "a huge number" if huge else reprlib.repr(value)
