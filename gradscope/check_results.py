@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from gradscope.notation import setting
 from gradscope.results import Source
 
 Severity: TypeAlias = Literal["error", "warn"]
@@ -61,6 +62,11 @@ class LimitInForce:
     name: str
     value: float | str
     about: str
+
+    @property
+    def typed(self) -> str:
+        """The value as one gives it: ``1e+06``, ``float16``."""
+        return self.value if isinstance(self.value, str) else setting(self.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,8 +111,11 @@ def test_what_else_violates_a_rule_is_folded() -> None:
     many = [Reading(9.0, 1.0, f"layer.{i}", (0, 1), "Large.") for i in range(6)]
     assert "And 5 more: layer.1, layer.2, layer.3 and 2 more." in table(check(outcome("x", "fail", *many)), width=200)
     # Steps of one layer have no names of their own.
-    steps = [replace(EXPLODING[0], steps=(i, i)) for i in range(3)]
-    assert "And 2 more." in table(check(outcome("x", "fail", *steps)), width=200)
+    steps = [Reading(9.0, 1.0, "actor", (n, n), "Large.") for n in (7, 1500, 3, 12, 4)]
+    assert "And 4 more: steps 3, 4, 12 and 1 more." in table(check(outcome("x", "fail", *steps)))
+    assert "And 1 more: step 1500." in table(check(outcome("x", "fail", *steps[:2])))
+    nowhere = [Reading(None, None, None, None, "Odd.")] * 3
+    assert "Odd. And 2 more." in table(check(outcome("x", "fail", *nowhere)))
 
 
 def test_skipped_rules_are_grouped_by_their_reasons() -> None:

@@ -45,16 +45,18 @@ def in_order(outcomes: Sequence[RuleOutcome]) -> list[RuleOutcome]:
 
 
 def full_message(outcome: RuleOutcome) -> str:
-    """The message, and in few words what else violates the rule."""
+    """The message, and in few words what else violates the rule: other places, else other steps."""
     others = outcome.violations[1:]
     if not others:
         return outcome.message
     places = dict.fromkeys(other.where for other in others if other.where not in (None, outcome.where))
     named = [shortened(printable(place), _LONGEST_NAME) for place in places if place is not None]
+    steps = sorted({other.steps for other in others if other.steps is not None and other.steps != outcome.steps})
+    told = named or [step_range(each) for each in steps]
+    what = "" if named else "step " if len(told) == 1 else "steps "
     message = outcome.message.rstrip()
     ending = "" if message.endswith((".", "!", "?")) else "."
-    more = f"And {count(len(named) or len(others))} more"
-    return f"{message}{ending} {more}{f': {names(named)}' if named else ''}."
+    return f"{message}{ending} And {count(len(told) or len(others))} more{f': {what}{names(told)}' if told else ''}."
 
 
 def _first_step(outcome: RuleOutcome) -> float:
@@ -181,9 +183,9 @@ def _limit(value: float) -> str:
 
 
 def step_range(steps: tuple[int, int]) -> str:
-    """``7`` or ``7–12``."""
+    """``7`` or ``7–12``, without thousands separators, as steps are named elsewhere."""
     first, last = steps
-    return count(first) if first == last else f"{count(first)}–{count(last)}"
+    return f"{first}" if first == last else f"{first}–{last}"
 
 
 def nearness(outcome: RuleOutcome) -> float | None:

@@ -66,7 +66,7 @@ def _details(outcome: RuleOutcome, text: RuleText | None) -> str:
     lines = [violation.message for violation in outcome.violations] or [outcome.message]
     if text is not None:
         lines += [f"{text.rule}: {text.about}", f"formula: {text.formula}", f"source: {text.source}"]
-        lines += [f"{text.rule}.{limit.name} = {limit.value}: {limit.about}" for limit in text.limits]
+        lines += [f"{text.rule}.{limit.name} = {limit.typed}: {limit.about}" for limit in text.limits]
     return "\n".join(printable(line) for line in lines)
 
 

@@ -62,7 +62,7 @@ def _undescribed(outcomes: Sequence[RuleOutcome]) -> tuple[RuleText, ...]:
 
 
 def _descriptor(rule: RuleText) -> JsonObject:
-    limits = [f"{rule.rule}.{limit.name} = {limit.value}: {limit.about}" for limit in rule.limits]
+    limits = [f"{rule.rule}.{limit.name} = {limit.typed}: {limit.about}" for limit in rule.limits]
     told = {"Compared": rule.formula, "Source": rule.source, "Limits": "; ".join(limits)}
     lines = [rule.about, *(f"{label}: {text}" for label, text in told.items() if text)]
     items = "\n".join(f"- {label}: `{text.replace('`', chr(39))}`" for label, text in told.items() if text)
