@@ -15,11 +15,12 @@ from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.notation import number
 from gradscope.optimizer_state import AdamMoments
 from gradscope.selection import recent_part
-from gradscope.trace.schema import TENSOR_SPECTRA_EVERY
 
 FloatArray = NDArray[np.float64]
 
 FEWEST_MEASURED = 3
+# Into how many parts a run is split, as far as so many updates were measured.
+MOST_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +32,22 @@ class _Ratio:
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
-    """Compare each layer's first and recent updates with both limits."""
+    """Compare each layer's largest sustained updates, and its recent ones, with the limits."""
     most, least = limits.number("max"), limits.number("min")
-    first: list[_Ratio] = []
     if evidence.table is not None and evidence.table.measured is not None:
-        first, recent = _first(evidence), _recent(evidence)
+        large, recent = _sustained(evidence), _recent(evidence)
     else:
         moments = evidence.source.adam_moments()
         if moments is None:
             return Verdict.cannot_tell("neither a recorded run nor Adam's state beside its weights")
-        recent = _stored(moments)
-    if not (first or recent):
+        large = recent = _stored(moments)
+    if not large:
         return Verdict.cannot_tell("no update of a layer with a matrix is known at enough steps")
-    ranked = sorted((*first, *recent), key=lambda ratio: -ratio.value)
-    beyond = [_reading(ratio, most, "; lower the learning rate") for ratio in ranked if ratio.value > most]
+    large.sort(key=lambda ratio: -ratio.value)
+    beyond = [_reading(ratio, most, "; lower the learning rate") for ratio in large if ratio.value > most]
     low = sorted((ratio for ratio in recent if ratio.value < least), key=lambda ratio: ratio.value)
     beyond += [_reading(ratio, least, ": it hardly learns") for ratio in low]
-    return Verdict.violated(beyond) if beyond else Verdict.well(_reading(ranked[0], most, ""))
+    return Verdict.violated(beyond) if beyond else Verdict.well(_reading(large[0], most, ""))
 
 
 def _reading(ratio: _Ratio, limit: float, remedy: str) -> Reading:
@@ -73,26 +73,36 @@ def _recent(evidence: Evidence) -> list[_Ratio]:
     return ratios
 
 
-def _first(evidence: Evidence) -> list[_Ratio]:
-    """‖update‖ over the norm that a layer's matrices start with by default: the mean of the first three measured.
+def _sustained(evidence: Evidence) -> list[_Ratio]:
+    """‖update‖/‖θ‖ of each layer that holds a matrix: the largest median of a part of the run, but the first.
 
-    Adam's updates are as long however long the weights have become, so that too high a learning rate hides itself in
-    them: ‖update‖/‖θ‖ shows it at the beginning only.
+    Adam's updates are as long however long the weights have become, so that too high a learning rate hides itself
+    towards the end; in the first steps of a training any layer may change much.
     """
     table = evidence.table
     assert table is not None and table.measured is not None
-    if len(table.measured) < FEWEST_MEASURED or table.index[table.measured[0]] >= TENSOR_SPECTRA_EVERY:
+    parts = min(MOST_PARTS, len(table.measured) // FEWEST_MEASURED)
+    if parts < 2:
         return []
+    windows = np.array_split(np.arange(len(table.measured)), parts)[1:]
     ratios = []
-    for layer, updates, _, default in _measured(evidence):
-        values = updates[:FEWEST_MEASURED] / default
-        known = np.isfinite(values)
-        if not known.any():
+    for layer, updates, weights, default in _measured(evidence):
+        values = updates / np.maximum(weights, default)
+        medians = [(_median(values[window]), window) for window in windows]
+        known = [(value, window) for value, window in medians if value is not None]
+        if not known:
             continue
-        value = float(values[known].mean())
-        said = f"The first steps change {layer} by {number(value)} of weights as they start by default"
-        ratios.append(_Ratio(layer, value, evidence.steps_of(table.measured[:FEWEST_MEASURED][known]), said))
+        value, window = max(known, key=lambda pair: pair[0])
+        steps = evidence.steps_of(table.measured[window])
+        said = f"For a part of the run a step changes {layer} by {number(value)} of its weights in the median"
+        ratios.append(_Ratio(layer, value, steps, said))
     return ratios
+
+
+def _median(values: FloatArray) -> float | None:
+    """Of the finite values; None where there are too few."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) >= FEWEST_MEASURED else None
 
 
 def _measured(evidence: Evidence) -> Iterator[tuple[str, FloatArray, FloatArray, float]]:
@@ -161,11 +171,11 @@ UPDATE_RATIO = Rule(
     severity="error",
     about="A step changes too much (or, with min, too little) of a layer's weights.",
     formula="|update| / max(|weights|, d) of a layer's matrices, d = sqrt(rows / 3) their norm in torch's default "
-    "initialisation: the median over the newest part of the run; |update| / d: the mean of the first three measured; "
-    "of an Adam checkpoint |lr * m_hat / (sqrt(v_hat) + eps)| / max(|weights|, d)",
+    "initialisation: max is for the largest median of an eighth of the run, the first left out, min for the median "
+    "of its newest part; of an Adam checkpoint |lr * m_hat / (sqrt(v_hat) + eps)| / max(|weights|, d)",
     source="Karpathy's rule of thumb, about 1e-3; You et al. 2017 (LARS: trust ratio)",
     limits=(
-        Limit("max", 0.1, "largest share of a layer's weights that a step changes"),
+        Limit("max", 0.03, "largest share of a layer's weights that a step changes"),
         Limit("min", 0.0, "smallest share of a layer's weights that a step changes"),
     ),
     judge=judge,
