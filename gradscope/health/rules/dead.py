@@ -138,6 +138,6 @@ DEAD = Rule(
     ),
     source="Maas, Hannun & Ng 2013, Rectifier nonlinearities improve neural network acoustic models; Lu et al. 2020, "
     "Dying ReLU and initialization",
-    limits=(Limit("max-share", 0.95, "largest share of a tensor's elements that are zero at every step", most=1.0),),
+    limits=(Limit("max-share", 0.9, "largest share of a tensor's elements that are zero at every step", most=1.0),),
     judge=judge,
 )

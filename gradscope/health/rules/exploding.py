@@ -66,7 +66,7 @@ def _growth(evidence: Evidence, rows: NDArray[np.int64], norms: NDArray[np.float
     starts, after = running_medians(norms, window)
     starts, after = starts[starts >= window], after[starts >= window]
     before = medians_before(norms, starts)
-    counts = (before > 0.0) & (after > limits.number("min-norm"))
+    counts = (before > 0.0) & np.isfinite(before) & (after > limits.number("min-norm"))
     most = limits.number("ratio")
     if not counts.any():
         return None

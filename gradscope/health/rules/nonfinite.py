@@ -12,7 +12,7 @@ from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.intervals import wilson_interval
 from gradscope.nonfinite import name_fault
-from gradscope.notation import count, names, number, percent
+from gradscope.notation import count, names, percent
 from gradscope.step_table import StepTable, members_of
 
 # A loss scale that starts at 2^16 and is halved until nothing overflows (torch.amp.GradScaler) is below 2^-8 by then.
@@ -112,9 +112,9 @@ def _elements(what: str, held: list[tuple[str, int, int]], most: float) -> tuple
     total = sum(numel for _, _, numel in held)
     if not broken:
         return Reading(0.0, most, None, None, f"No NaN or Inf in the {what}."), False
-    faulty = sum(number for _, number in broken)
+    faulty = sum(elements for _, elements in broken)
     message = (
-        f"{number(faulty)} of {count(total)} elements of the {what} are NaN or infinite, "
+        f"{count(faulty)} of {count(total)} elements of the {what} are NaN or infinite, "
         f"in {names([name for name, _ in broken])}."
     )
     return Reading(faulty / total, most, broken[0][0], None, message), faulty / total > most

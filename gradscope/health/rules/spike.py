@@ -130,7 +130,7 @@ SPIKE = Rule(
         "section 5.1 (loss spikes)"
     ),
     limits=(
-        Limit("z", 10.0, "largest height in robust standard deviations of the log norm"),
+        Limit("z", 10.0, "largest height in robust standard deviations of the log norm", least=1.0),
         Limit("ratio", 30.0, "largest ratio to the median of its neighbours; both must be exceeded", least=1.0),
     ),
     judge=judge,

@@ -1,0 +1,22 @@
+"""One rule's verdict on one source, as a check returns it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradscope.check_results import RuleOutcome
+from gradscope.gradients import GradientSource
+from gradscope.health.checking import check
+from gradscope.health.rule import LimitValue
+from gradscope.health.settings import CheckSettings
+from gradscope.sources.opening import open_source
+
+SAMPLES = Path(__file__).parents[1] / "sample_ckpts"
+
+
+def judged(rule: str, source: GradientSource | Path, **limits: LimitValue) -> RuleOutcome:
+    """What ``rule`` says with these limits in place of its defaults, written with _ for -."""
+    opened = open_source(source) if isinstance(source, Path) else source
+    given = {name.replace("_", "-"): value for name, value in limits.items()}
+    (outcome,) = check([opened], CheckSettings(limits={rule: given}, select=(rule,))).rules
+    return outcome
