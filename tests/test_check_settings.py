@@ -119,7 +119,8 @@ def test_no_project_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("baseline = 3", "baseline", "must be a text", None),
         ("direction-change.policy = 'valu:1'", "direction-change.policy", "no policy is called 'valu'",
          "did you mean value?"),
-        (f"direction-change.policy = 0x{'f' * 5000}", "direction-change.policy", "must be a text, not a huge number", None),
+        (f"direction-change.policy = 0x{'f' * 5000}", "direction-change.policy", "must be a text, not a huge number",
+         None),
         ("direction-change.policy = 3", "direction-change.policy", "must be a text, not 3", None),
     ],
 )  # fmt: skip
@@ -165,8 +166,8 @@ def test_a_written_severity() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "=", ".", ".=", "clip-rate", "clip-rate.max", "clip-rate=1", "clip-rate.=1", "clip-rate.max=", "clip-rate.max=x",
-     "clip-rate.max=nan", "clip-rate.max=-0.1", "clip-rate.max=2", "a.b=1", "clip-rate.max.max=1", "spike.severity=no",
+    ["", "=", ".", ".=", "clip-rate", "clip-rate.max", "clip-rate=1", "clip-rate.=1", "clip-rate.max=",
+     "clip-rate.max=x", "clip-rate.max=nan", "clip-rate.max=-0.1", "clip-rate.max=2", "a.b=1", "clip-rate.max.max=1", "spike.severity=no",
      "direction-change.policy=clip"],
 )  # fmt: skip
 def test_a_written_slip_is_one_line(text: str) -> None:

@@ -181,6 +181,8 @@ def check(
     # A baseline that is damaged is told before a long read.
     usual = wanted_baseline(settings)
     sources, opening = choose_sources(paths, as_, quiet, tag, captured)
+    if save_baseline is not None:
+        _refuse_without_gradients(save_baseline, sources)
     gathered = [_gathered(source, steps, usual, quiet) for source in sources]
     result = judge(gathered, settings)
     destination.show(result, opening)
@@ -250,6 +252,13 @@ def _refuse_unusable(save_baseline: str | None, output: str | None, inputs: Sequ
         refuse_overwriting(save_baseline, inputs)
     except GradscopeError as error:
         raise GradscopeError(what, error.why, error.hint) from None
+
+
+def _refuse_without_gradients(save_baseline: str, sources: Sequence[GradientSource]) -> None:
+    for source in sources:
+        if not source.tensors:
+            why = f"{source.info.path} holds no gradients to make a baseline of"
+            raise GradscopeError(f"--save-baseline {save_baseline}", why, "record a run: gradscope record")
 
 
 def _save_baseline(file: str, gathered: Sequence[Evidence], result: Check, quiet: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from gradscope import results
 from gradscope.check_results import (
@@ -17,13 +16,12 @@ from gradscope.check_results import (
     Severity,
 )
 from gradscope.gradients import GradientSource, Progress
+from gradscope.health.baselines import Baseline, read_baseline
 from gradscope.health.catalogue import RULES
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limits, Rule, Verdict
+from gradscope.health.rules.drift import DRIFT
 from gradscope.health.settings import CheckSettings
-
-if TYPE_CHECKING:
-    from gradscope.health.baselines import Baseline
 
 SCHEMA = "gradscope.check/1"
 
@@ -51,10 +49,8 @@ def wanted_baseline(settings: CheckSettings) -> Baseline | None:
 
     Raises GradscopeError where it cannot be read.
     """
-    if settings.baseline is None or not settings.asks_for("drift"):
+    if settings.baseline is None or not settings.asks_for(DRIFT.name):
         return None
-    from gradscope.health.baselines import read_baseline
-
     return read_baseline(settings.baseline)
 
 
