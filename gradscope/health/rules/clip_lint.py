@@ -42,10 +42,9 @@ def judge_bad_threshold(evidence: Evidence, limits: Limits) -> Verdict:
     if evidence.source.info.kind != "trace":
         return _stored_thresholds(evidence)
     bad = _bad_in_history(evidence)
-    known = {reading.where for reading in bad}
     noted = [found for found in evidence.source.lint if found.rule == "bad-threshold"]
-    # A NaN stands for "no limit" in the history.
-    bad += [_reading(found) for found in noted if found.group not in known and not _infinite(found)]
+    # The history leaves NaN out, which stands for "no limit" there, and steps that were not recorded or not read.
+    bad += [_reading(found) for found in noted if _is(found, "nan") or not (bad or _is(found, "inf"))]
     if bad:
         return Verdict.violated(bad)
     if not (_clips(evidence) or noted):
@@ -78,8 +77,8 @@ def _reading(finding: LintFinding) -> Reading:
     return Reading(None, None, finding.group, (finding.first_step, finding.first_step), finding.message)
 
 
-def _infinite(finding: LintFinding) -> bool:
-    return finding.message.startswith(("max_norm is inf ", "clip_value is inf "))
+def _is(finding: LintFinding, limit: str) -> bool:
+    return finding.message.startswith((f"max_norm is {limit} ", f"clip_value is {limit} "))
 
 
 def _bad_in_history(evidence: Evidence) -> list[Reading]:

@@ -1,0 +1,190 @@
+"""``coverage``, ``scaled-clip``, ``bad-threshold``, ``double-clip``, ``unused``: training loops that have the bug."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recorded import record
+from rule_evidence import judged
+from torch import nn
+
+from gradscope.health.rules.clip_lint import BAD_THRESHOLD, COVERAGE, DOUBLE_CLIP, SCALED_CLIP
+from gradscope.health.rules.unused import UNUSED
+
+clip = torch.nn.utils.clip_grad_norm_
+SAMPLES = Path(__file__).parent.parent / "sample_ckpts"
+ALL = (COVERAGE, SCALED_CLIP, BAD_THRESHOLD, DOUBLE_CLIP, UNUSED)
+
+
+@pytest.fixture(autouse=True)
+def errors_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSCOPE_DEBUG", "1")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def run(
+    directory: Path,
+    model: nn.Module,
+    before_step: Callable[[], Any] = lambda: None,
+    after_step: Callable[[], Any] = lambda: None,
+    forward: Callable[[Any], Any] | None = None,
+    steps: int = 4,
+) -> Path:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def train() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (forward or model)(torch.randn(16, 4)).pow(2).sum().backward()
+            before_step()
+            optimizer.step()
+            after_step()
+
+    directory.mkdir(exist_ok=True)
+    return record(directory, train).path
+
+
+def test_a_correct_loop_passes_all(tmp_path: Path) -> None:
+    model = network()
+    path = run(tmp_path, model, lambda: clip(model.parameters(), 0.5))
+    for rule in ALL:
+        verdict = judged(rule, path)
+        assert verdict.nearest is not None
+        assert not verdict.violations
+
+
+def test_a_run_that_clips_nothing_is_skipped_where_clipping_is_asked_about(tmp_path: Path) -> None:
+    path = run(tmp_path, network())
+    for rule in (COVERAGE, SCALED_CLIP, BAD_THRESHOLD, DOUBLE_CLIP):
+        assert judged(rule, path).skipped == "the run clips nothing"
+    assert judged(UNUSED, path).nearest is not None
+
+
+@pytest.mark.parametrize("rule", [COVERAGE, SCALED_CLIP, DOUBLE_CLIP])
+def test_what_only_a_recording_tells_is_skipped_elsewhere(rule: Any) -> None:
+    for sample in ("ppo_cartpole.zip", "ppo_cartpole_gradients"):
+        assert judged(rule, SAMPLES / sample).skipped == "only a recorded run tells"
+
+
+def test_a_clip_of_half_the_parameters_is_no_coverage(tmp_path: Path) -> None:
+    model = network()
+    verdict = judged(COVERAGE, run(tmp_path, model, lambda: clip(model[0].parameters(), 0.5)))
+    (found,) = verdict.violations
+    assert "leaves out 2 of the 4 tensors that SGD updates: 2.weight, 2.bias" in found.message
+    assert (found.where, found.steps) == ("SGD", (0, 0))
+
+
+def test_a_clip_of_nothing_and_a_clip_after_the_step_are_no_coverage(tmp_path: Path) -> None:
+    model = network()
+    empty = judged(COVERAGE, run(tmp_path / "empty", model, lambda: clip([], 0.5)))
+    assert "was given no parameters" in empty.violations[0].message
+    late = judged(COVERAGE, run(tmp_path / "late", model, after_step=lambda: clip(model.parameters(), 0.5)))
+    assert "runs after optimizer.step()" in late.violations[0].message
+
+
+def scaled_run(directory: Path, unscale_first: bool) -> Path:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def train() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.randn(16, 4)).pow(2).sum()).backward()
+            if unscale_first:
+                scaler.unscale_(optimizer)
+            clip(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+
+    directory.mkdir(exist_ok=True)
+    return record(directory, train).path
+
+
+def test_a_clip_before_unscale(tmp_path: Path) -> None:
+    (found,) = judged(SCALED_CLIP, scaled_run(tmp_path / "bad", unscale_first=False)).violations
+    assert "still multiplied by the loss scale 1024" in found.message
+    assert judged(SCALED_CLIP, scaled_run(tmp_path / "good", unscale_first=True)).nearest is not None
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "effect"), [(0.0, "stops training"), (-1.0, "turns every gradient around"), (math.nan, "NaN")]
+)
+def test_a_max_norm_that_cannot_be_meant(tmp_path: Path, max_norm: float, effect: str) -> None:
+    model = network()
+    (found,) = judged(BAD_THRESHOLD, run(tmp_path, model, lambda: clip(model.parameters(), max_norm))).violations
+    assert effect in found.message
+    if not math.isnan(max_norm):
+        assert (found.value, found.limit, found.where, found.steps) == (max_norm, 0.0, "all", (0, 3))
+
+
+def test_a_max_norm_that_becomes_zero_is_told_with_its_steps(tmp_path: Path) -> None:
+    model = network()
+    limits = iter([math.inf, 1.0, 0.0, 0.0])
+    (found,) = judged(BAD_THRESHOLD, run(tmp_path, model, lambda: clip(model.parameters(), next(limits)))).violations
+    assert (found.value, found.steps) == (0.0, (2, 3))
+    assert "from step 2 on" in found.message
+
+
+def test_an_infinite_max_norm_asks_for_the_norm(tmp_path: Path) -> None:
+    model = network()
+    path = run(tmp_path, model, lambda: clip(model.parameters(), math.inf))
+    verdict = judged(BAD_THRESHOLD, path)
+    assert verdict.nearest is not None
+    assert "only the norm is wanted" in verdict.nearest.message
+    assert judged(COVERAGE, path).skipped == "the run clips nothing"
+
+
+def test_a_clip_value_of_zero(tmp_path: Path) -> None:
+    model = network()
+    path = run(tmp_path, model, lambda: torch.nn.utils.clip_grad_value_(model.parameters(), 0.0))
+    (found,) = judged(BAD_THRESHOLD, path).violations
+    assert "clip_value" in found.message
+
+
+def test_the_max_norm_of_a_checkpoint() -> None:
+    verdict = judged(BAD_THRESHOLD, SAMPLES / "ppo_cartpole.zip")
+    assert verdict.nearest is not None
+    assert verdict.nearest.value == 0.5
+    assert judged(BAD_THRESHOLD, SAMPLES / "ppo_cartpole_gradients").skipped == "the source names no max_norm"
+
+
+def test_clipping_twice(tmp_path: Path) -> None:
+    model = network()
+    path = run(tmp_path, model, lambda: (clip(model.parameters(), 1.0), clip(list(model.parameters()), 0.5)))
+    (found,) = judged(DOUBLE_CLIP, path).violations
+    assert "clipped already" in found.message
+    assert DOUBLE_CLIP.severity == "warn"
+
+
+def test_a_parameter_that_is_never_used(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 2), "idle": nn.Linear(4, 2)})
+    path = run(tmp_path, model, forward=lambda x: model["used"](x))
+    (found,) = judged(UNUSED, path).violations
+    assert (found.value, found.limit) == (2.0, 0.0)
+    assert "idle.weight, idle.bias" in found.message
+    assert judged(UNUSED, path, max=2.0).nearest is not None
+
+
+def test_a_checkpoint_whose_optimizer_holds_no_state_of_a_parameter(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 2), "idle": nn.Linear(4, 2)})
+    optimizer = torch.optim.Adam(model.parameters())
+    model["used"](torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    (found,) = judged(UNUSED, tmp_path / "checkpoint.pt").violations
+    assert (found.value, found.where) == (2.0, "optimizer")
+    assert "idle.weight, idle.bias" in found.message
+    fresh = torch.optim.Adam(model.parameters())
+    torch.save({"model": model.state_dict(), "optimizer": fresh.state_dict()}, tmp_path / "fresh.pt")
+    assert judged(UNUSED, tmp_path / "fresh.pt").skipped is not None
+    assert judged(UNUSED, SAMPLES / "ppo_cartpole_gradients").skipped is not None
