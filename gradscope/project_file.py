@@ -43,8 +43,13 @@ def nearest_project(directory: Path | None = None) -> ProjectFile | None:
     Raises:
         GradscopeError: it cannot be read, or is no TOML (the error names line and column).
     """
-    directory = Path.cwd() if directory is None else directory
-    for folder in (directory, *directory.absolute().parents):
+    directory = Path() if directory is None else directory
+    try:
+        parents = directory.absolute().parents
+    except OSError:
+        # The working directory was removed.
+        return None
+    for folder in (directory, *parents):
         if os.path.isfile(folder / NAME):
             return read_project(folder / NAME)
     return None

@@ -36,6 +36,18 @@ def test_the_working_directory_is_where_the_search_starts(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     found = nearest_project()
     assert found is not None and found.settings == {"check": {"strict": True}}
+    assert str(found.path) == "pyproject.toml"
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    above = nearest_project()
+    assert above is not None and above.path == tmp_path / "pyproject.toml"
+
+
+def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert nearest_project() is None
 
 
 def test_a_directory_of_that_name_is_passed_over(tmp_path: Path) -> None:
