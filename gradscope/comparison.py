@@ -50,7 +50,7 @@ SCHEMA = "gradscope.compare/1"
 # The shape of a distribution needs no more steps than these.
 MOST_SAMPLED = 64
 # A common ratio that is known less well than this is no particular number.
-WIDEST_CONSTANT = 1.15
+WIDEST_CONSTANT = 1.25
 # Of the ratios of single steps and tensors, so many must be the same.
 NEARLY_ALL = 0.99
 
@@ -102,6 +102,7 @@ def compare(
         layers=tuple(divided["layers"][0]),
         tensors=tuple(divided["tensors"][0]),
         only=Both(matched.only_a, matched.only_b),
+        reshaped=tuple(_reshaped(one.reading.tensors[i], other.reading.tensors[j]) for i, j in matched.reshaped),
         renamed=matched.renamed,
         constant_ratio=_constant(one, other, matched, divided, measure, paired),
         recorded=_recorded(one, other),
@@ -268,15 +269,28 @@ def recent_norms(source: GradientSource, reading: Reading, window: float) -> Flo
 def _match(a: _Side, b: _Side) -> MatchedTensors:
     """The tensors of both; of a log of norms only another log has the series."""
     if (a.kind == "norm-log") != (b.kind == "norm-log"):
-        return MatchedTensors((), (), (), None)
+        return MatchedTensors((), (), (), (), None)
     matched = match_tensors(a.reading.tensors, b.reading.tensors)
     if not matched.pairs and a.kind != "norm-log":
+        if matched.reshaped:
+            shapes = _reshaped(*(side.reading.tensors[i] for side, i in zip((a, b), matched.reshaped[0], strict=True)))
+            raise GradscopeError(
+                b.source.info.path, f"shares no tensor of the same shape with {a.source.info.path}", shapes
+            )
         raise GradscopeError(
             b.source.info.path,
             f"shares no tensor with {a.source.info.path}",
             f"the first names {a.reading.tensors[0].name}, the second {b.reading.tensors[0].name}",
         )
     return matched
+
+
+def _reshaped(a: TensorInfo, b: TensorInfo) -> str:
+    return f"{a.name}: {_shape(a)} in A, {_shape(b)} in B"
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return "×".join(map(str, tensor.shape)) or "a scalar"
 
 
 def _whole(a: _Side, b: _Side, matched: MatchedTensors) -> Unit:
@@ -331,7 +345,7 @@ def _verdict(
     a: _Side, b: _Side, matched: MatchedTensors, overall: UnitComparison, told: Sequence[UnitComparison]
 ) -> Verdict:
     verdicts = [overall.verdict, *(unit.verdict for unit in told)]
-    if set(verdicts) == {"identical"} and not matched.only_a and not matched.only_b:
+    if set(verdicts) == {"identical"} and not (matched.only_a or matched.only_b or matched.reshaped):
         return "identical" if _same_weights(a, b, matched) else "differs"
     if "differs" in verdicts or any(unit.zeros_differ or unit.shape_differs for unit in told):
         return "differs"
@@ -358,10 +372,12 @@ def _constant(
     if exact is not None:
         near = (exact * (1.0 - EXACT), exact * (1.0 + EXACT))
         return (
-            ConstantRatio(exact, True, None, familiar_ratios(exact, *near, ranks)) if abs(exact - 1.0) > EXACT else None
+            ConstantRatio(exact, True, None, familiar_ratios(exact, *near, ranks, exact=True))
+            if abs(exact - 1.0) > EXACT
+            else None
         )
     units, changes = divided["layers"]
-    if measure != "norm" or len(units) < 2:
+    if measure != "norm" or len(units) < 2 or None in changes:
         return None
     common = constant_change(changes)
     if common is None or common[1] <= 0.0 <= common[2] or common[2] - common[1] > math.log(WIDEST_CONSTANT):

@@ -46,10 +46,14 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
         yield _identical(comparison)
     elif comparison.constant_ratio is not None:
         yield from _constant(comparison)
+        if not (comparison.constant_ratio.exact or comparison.constant_ratio.explanations):
+            yield from _units(comparison)
     elif comparison.overall is not None:
         yield from _sizes(comparison)
     yield from _only(comparison)
-    for clip in comparison.recorded:
+    yield from _reshaped(comparison)
+    # A table tells of more.
+    for clip in comparison.recorded[:1] if comparison.verdict != "identical" else ():
         yield _recorded(clip)
     for clip in comparison.policies:
         yield _simulated(clip)
@@ -135,8 +139,11 @@ def _units(comparison: Comparison) -> Iterator[str]:
     known = [unit for unit in units if unit.verdict != "unknown"]
     if differ:
         most = f"{differ[0].name}: {ratio_words(differ[0])}"
-        all_of = "All" if len(differ) == len(units) else f"{count(len(differ))} of"
-        yield f"{all_of} {count(len(units))} {kind} differ beyond noise, most {most}."
+        if len(differ) == 1:
+            yield f"1 of {count(len(units))} {kind} differs beyond noise, {most}."
+        else:
+            all_of = "All" if len(differ) == len(units) else f"{count(len(differ))} of"
+            yield f"{all_of} {count(len(units))} {kind} differ beyond noise, most {most}."
     elif known and all(unit.verdict == "identical" for unit in units):
         yield f"All {count(len(units))} {kind} are the same."
     elif known:
@@ -153,6 +160,13 @@ def _only(comparison: Comparison) -> Iterator[str]:
             layers = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in held))
             tensors = f"{count(len(held))} tensor{'s' * (len(held) > 1)}"
             yield f"Only {letter} has {tensors}, in {names(layers)}: not compared."
+
+
+def _reshaped(comparison: Comparison) -> Iterator[str]:
+    held = comparison.reshaped
+    if held:
+        tensors = "1 tensor has" if len(held) == 1 else f"{count(len(held))} tensors have"
+        yield f"{tensors} another shape in B and {'is' if len(held) == 1 else 'are'} not compared: {held[0]}."
 
 
 def _recorded(clip: ClipComparison) -> str:

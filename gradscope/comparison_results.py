@@ -120,8 +120,8 @@ class Comparison:
     ``measure`` is what the ratios of ``overall``, ``groups``, ``layers`` and ``tensors`` are of; the latter three are
     sorted by what differs most beyond noise, and empty where a side knows nothing of them.  ``paired``: both sides
     hold the same steps, and these follow each other so closely that they were compared one by one.
-    ``only`` names the tensors that the other side lacks, ``renamed`` what was taken off or put before the names of one
-    side to match those of the other.
+    ``only`` names the tensors that the other side lacks, ``reshaped`` says which have other shapes, ``renamed``
+    what was taken off or put before the names of one side to match those of the other.
     """
 
     schema: str
@@ -138,6 +138,7 @@ class Comparison:
     layers: tuple[UnitComparison, ...]
     tensors: tuple[UnitComparison, ...]
     only: Both[tuple[str, ...]]
+    reshaped: tuple[str, ...]
     renamed: str | None
     constant_ratio: ConstantRatio | None
     recorded: tuple[ClipComparison, ...]

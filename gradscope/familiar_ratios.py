@@ -16,11 +16,12 @@ EXACT = 0.004
 
 
 def familiar_ratios(
-    ratio: float, low: float, high: float, ranks: tuple[int | None, int | None] = (None, None)
+    ratio: float, low: float, high: float, ranks: tuple[int | None, int | None] = (None, None), exact: bool = False
 ) -> tuple[str, ...]:
-    """What B/A = ``ratio``, surely between ``low`` and ``high``, may come from; each completes "as of ...".
+    """What B/A = ``ratio``, surely between ``low`` and ``high``, may come from; each completes "that may be".
 
     ``ranks`` are the numbers of processes, where known: they decide between a number of ranks and anything else.
+    ``exact``: the ratio holds at every step, so it is no matter of how noise averages out.
     """
     if not 0.0 < ratio < math.inf or low <= 1.0 <= high:
         return ()
@@ -45,7 +46,9 @@ def familiar_ratios(
             f"that {larger} sums over, not averages"
         )
     square = _parts(ratio * ratio, low * low, high * high)
-    if square is not None:
+    if square is not None and exact:
+        found.append(f"√{count(square)}, if a side scales by the root of {count(square)} parts")
+    elif square is not None:
         found.append(
             f"√{count(square)}: noise averaged over {count(square)} times as many samples in "
             f"{'A' if larger == 'B' else 'B'} (batch, accumulation{' or ranks' if several else ''})"
@@ -75,12 +78,11 @@ def _by_known_ranks(low: float, high: float, ranks: tuple[int | None, int | None
 
 
 def _parts(ratio: float, low: float, high: float) -> int | None:
-    """The small whole number, or power of two, that lies between ``low`` and ``high``."""
-    whole = round(ratio)
-    if 2 <= whole <= MOST_PARTS and low <= whole <= high:
-        return whole
-    power = _nearest_power(ratio)
-    return power if MOST_PARTS < power <= MOST_RANKS and low <= power <= high else None
+    """The power of two, else the small whole number, that lies between ``low`` and ``high``."""
+    power, whole = _nearest_power(ratio), round(ratio)
+    if 2 <= power <= MOST_RANKS and low <= power <= high:
+        return power
+    return whole if 2 <= whole <= MOST_PARTS and low <= whole <= high else None
 
 
 def _nearest_power(ratio: float) -> int:

@@ -16,12 +16,14 @@ _LEADING = ("module", "model", "network", "net")
 class MatchedTensors:
     """``pairs`` are places (a, b) of the same tensor, in the order of a; the others are ``only`` in one of them.
 
-    ``renamed`` says which prefix was looked past, None where none was.
+    ``reshaped`` are those of the pairs that were left out because their shapes differ.  ``renamed`` says which prefix
+    was looked past, None where none was.
     """
 
     pairs: tuple[tuple[int, int], ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    reshaped: tuple[tuple[int, int], ...]
     renamed: str | None
 
 
@@ -43,12 +45,13 @@ def match_tensors(a: Sequence[TensorInfo], b: Sequence[TensorInfo]) -> MatchedTe
             pairs.update(found)
             i, j = next(iter(found.items()))
             renamed = f"{a[i].name} is {b[j].name}"
-    pairs = {i: j for i, j in pairs.items() if _same_shape(a[i], b[j])}
     taken = set(pairs.values())
+    same = {i: j for i, j in pairs.items() if _same_shape(a[i], b[j])}
     return MatchedTensors(
-        tuple(sorted(pairs.items())),
+        tuple(sorted(same.items())),
         tuple(tensor.name for i, tensor in enumerate(a) if i not in pairs),
         tuple(tensor.name for j, tensor in enumerate(b) if j not in taken),
+        tuple((i, j) for i, j in sorted(pairs.items()) if i not in same),
         renamed,
     )
 

@@ -31,7 +31,7 @@ ROUNDING = 1e-9
 LEAST_ZEROS = 0.01
 # Cells of 1/16 octave and the bins of a trace blur a shape by about this, in octaves.
 LEAST_SHAPE = 0.05
-SHAPE_FACTOR = 2.0
+SHAPE_FACTOR = 3.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,7 +38,7 @@ def _blocks(comparison: Comparison, choices: ViewChoices) -> Iterator[Block]:
     what, units = _rows(comparison, choices.by)
     if units or comparison.overall is not None:
         yield _table(comparison, what, units, choices.top)
-    if len(comparison.recorded) + len(comparison.policies) > 1:
+    if len(comparison.recorded) + len(comparison.policies) > 1 and comparison.verdict != "identical":
         yield _clip_table([*comparison.recorded, *comparison.policies])
     yield from (Sentence(note, tone="quiet") for note in comparison.notes)
     yield Sentence(f"Next: {_next(comparison, choices)}")
@@ -95,7 +95,7 @@ def _verdicts(units: Sequence[UnitComparison]) -> str:
 
 
 def _caption(comparison: Comparison, what: str, units: Sequence[UnitComparison]) -> str:
-    if comparison.measure != "norm" or not any(unit.ratio_ci95 for unit in units):
+    if comparison.measure != "norm" or not any(unit.ratio_ci95 for unit in units) or comparison.verdict == "identical":
         return ""
     tested = sum(unit.p_value is not None for unit in units)
     several = f", of {count(tested)} {what if what == 'series' else what + 's'} together (Holm)" if tested > 1 else ""
@@ -115,7 +115,7 @@ def _fields(comparison: Comparison, what: str, units: Sequence[UnitComparison]) 
         _Field(Column("B"), lambda unit: _size(unit.typical.b)),
         _Field(Column("B/A"), lambda unit: "" if unit.ratio is None else times(unit.ratio)),
     ]
-    if any(unit.ratio_ci95 for unit in every):
+    if any(unit.ratio_ci95 and unit.ratio_ci95[0] < unit.ratio_ci95[1] * (1 - 1e-6) for unit in every):
         fields.append(_Field(Column("95 %", spare=1), lambda unit: bounds(unit.ratio_ci95) if unit.ratio_ci95 else ""))
     fields += _spare_fields(every)
     fields.append(_Field(Column("", "left"), lambda unit: unit.verdict.replace("unknown", "")))
@@ -185,9 +185,9 @@ def _clip_cells(clip: ClipComparison, turned: bool) -> Iterator[str]:
 def _next(comparison: Comparison, choices: ViewChoices) -> str:
     differ = [unit for unit in comparison.layers if unit.verdict == "differs"]
     if comparison.verdict == "identical":
-        return "nothing: the two hold the same."
+        return "nothing to settle; gradscope inspect tells what they hold."
     if comparison.constant_ratio is not None and comparison.constant_ratio.explanations:
-        return "settle which of these it is; max_norm acts on B as this much less, or more, on A."
+        return "settle which of these it is; until then one max_norm means two different limits."
     few = min(comparison.steps.a, comparison.steps.b)
     if comparison.measure == "norm" and comparison.verdict == "unknown" and few:
         return "record more steps, and noise can be told from difference: gradscope record -- python train.py"
