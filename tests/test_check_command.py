@@ -191,6 +191,24 @@ def test_a_captured_batch(run: Run) -> None:
     assert statuses(result)["nonfinite"] == "pass"
 
 
+def test_what_a_model_prints_is_not_the_result(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (tmp_path / "work" / "chatty.py").write_text(
+        "import torch\n\n\ndef model():\n    return torch.nn.Linear(3, 1)\n\n\n"
+        "def loss(model, batch):\n    print('hello')\n    return (model(batch['x']) ** 2).mean()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "work"))
+    torch.save(torch.nn.Linear(3, 1).state_dict(), "weights.pt")
+    np.savez("batch.npz", x=np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32))
+    batch = ("--batch", "batch.npz", "--model", "chatty:model", "--loss", "chatty:loss", "--minibatch-size", "8")
+    rule = ("--rule", "direction-change.policy=value:0.01")
+    code, out, err = run("weights.pt", *batch, *rule, "--format", "json")
+    assert statuses(parsed(out))["direction-change"] in ("pass", "fail")
+    assert code in (0, 1)
+    assert set(err.splitlines()) == {"hello"}
+
+
 # --- rules and limits ------------------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,7 @@ def check(
     )
     from gradscope.commands.check_settings import asked_settings
     from gradscope.commands.destination import Destination
-    from gradscope.commands.reading import choose_sources
+    from gradscope.commands.reading import choose_sources, left_alone
     from gradscope.health.checking import judge, wanted_baseline
 
     settings = asked_settings(
@@ -184,7 +184,9 @@ def check(
     if save_baseline is not None:
         _refuse_without_gradients(save_baseline, sources)
     gathered = [_gathered(source, steps, usual, quiet) for source in sources]
-    result = judge(gathered, settings)
+    with left_alone():
+        # A rule may read again what it judges: of a captured batch, by anybody's model.
+        result = judge(gathered, settings)
     destination.show(result, opening)
     if form == "github":
         _append_summary(result)

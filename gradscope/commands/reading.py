@@ -73,12 +73,12 @@ def _open(
         return open_source(source, as_=as_, weights=weights, tag=tag)
     from gradscope.backward.opening import open_with_batch
 
-    with _left_alone():
+    with left_alone():
         return open_with_batch(source, batch, as_=as_, weights=weights, tag=tag)
 
 
 @contextmanager
-def _left_alone() -> Iterator[None]:
+def left_alone() -> Iterator[None]:
     """What a model or a loss prints goes to stderr: standard output is the result's.  What it asks nobody answers."""
     asked = sys.stdin
     with redirect_stdout(sys.stderr), open(os.devnull) as nothing:
@@ -93,7 +93,7 @@ def _left_alone() -> Iterator[None]:
 def reading(source: GradientSource, quiet: bool, from_start: bool) -> Iterator[Progress | None]:
     """The progress of reading ``source``, whose first step is read ahead if the reading is ``from_start``."""
     with (
-        _left_alone(),
+        left_alone(),
         _progress(quiet, source.read_unit) as progress,
         source.reading_ahead(progress) if from_start else nullcontext(),
     ):
