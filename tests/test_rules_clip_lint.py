@@ -168,7 +168,7 @@ def test_clipping_twice(tmp_path: Path) -> None:
 
 def test_a_parameter_that_is_never_used(tmp_path: Path) -> None:
     model = nn.ModuleDict({"used": nn.Linear(4, 2), "idle": nn.Linear(4, 2)})
-    path = run(tmp_path, model, forward=lambda x: model["used"](x))
+    path = run(tmp_path, model, forward=model["used"])
     (found,) = judged(UNUSED, path).violations
     assert (found.value, found.limit) == (2.0, 0.0)
     assert "idle.weight, idle.bias" in found.message

@@ -1,0 +1,153 @@
+"""``update-ratio`` against the weights before and after each step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recorded import record
+from rule_evidence import judged
+from torch import nn
+
+from gradscope.health.rules.update_ratio import UPDATE_RATIO
+from tests.in_memory_source import InMemorySource, NormSource, RecordedSource
+
+SAMPLES = Path(__file__).parent.parent / "sample_ckpts"
+
+
+@pytest.fixture(autouse=True)
+def errors_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSCOPE_DEBUG", "1")
+
+
+class Followed:
+    """A recorded training, and the norms of the updates of its matrices by torch in float64."""
+
+    def __init__(self, directory: Path, model: nn.Module, lr: float, steps: int = 120) -> None:
+        torch.manual_seed(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+        self.updates: dict[str, list[float]] = {name: [] for name in matrices}
+        self.default = {name: math.sqrt(p.shape[0] / 3) for name, p in matrices.items()}
+
+        def train() -> None:
+            for _ in range(steps):
+                x = torch.randn(32, 8)
+                optimizer.zero_grad()
+                (model(x) - x[:, :2]).pow(2).mean().backward()
+                before = {name: p.detach().double().clone() for name, p in matrices.items()}
+                optimizer.step()
+                for name, p in matrices.items():
+                    self.updates[name].append(float((p.detach().double() - before[name]).norm()))
+
+        self.path = record(directory, train).path
+
+    def ratios(self, name: str) -> np.ndarray:
+        return np.array(self.updates[name]) / self.default[name]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2))
+
+
+def test_the_largest_median_of_a_part_is_torchs(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, network(), 1e-3)
+    # 12 measured steps in four parts, of which the first is left out.
+    parts = [(30, 40, 50), (60, 70, 80), (90, 100, 110)]
+    expected = {
+        name.split(".")[0]: max(float(np.median(followed.ratios(name)[list(part)])) for part in parts)
+        for name in followed.updates
+    }
+    verdict = judged(UPDATE_RATIO, followed.path, max=0.0)
+    assert {found.where: found.value for found in verdict.violations} == pytest.approx(expected, rel=1e-4)
+    assert {found.steps for found in verdict.violations} <= {(part[0], part[-1]) for part in parts}
+    nearest = judged(UPDATE_RATIO, followed.path).nearest
+    assert nearest is not None
+    assert nearest.value == pytest.approx(max(expected.values()), rel=1e-4)
+
+
+def test_a_hundredfold_learning_rate_fails(tmp_path: Path) -> None:
+    verdict = judged(UPDATE_RATIO, Followed(tmp_path, network(), 0.1).path)
+    assert verdict.violations
+    assert "lower the learning rate" in verdict.violations[0].message
+
+
+def test_weights_that_start_at_zero_are_no_alarm(tmp_path: Path) -> None:
+    model = network()
+    nn.init.zeros_(model[2].weight)
+    assert judged(UPDATE_RATIO, Followed(tmp_path, model, 1e-3).path).nearest is not None
+
+
+def test_a_layer_that_hardly_learns_fails_only_where_min_is_set(tmp_path: Path) -> None:
+    path = Followed(tmp_path, network(), 1e-12).path
+    assert judged(UPDATE_RATIO, path).nearest is not None
+    assert "hardly learns" in judged(UPDATE_RATIO, path, min=1e-9).violations[0].message
+
+
+def recorded(updates: dict[str, tuple[float, float]], steps: int, every: int = 10) -> RecordedSource:
+    arrays = {"a.weight": np.ones((3, 4)), "a.bias": np.ones(3), "log_std": np.ones(2)}
+    return RecordedSource([arrays] * steps, tensor_every=every, updates=updates)
+
+
+def test_only_layers_with_a_matrix_count() -> None:
+    sizes = {"a.weight": (1.0, 0.01), "a.bias": (0.0, 9.0), "log_std": (1e-9, 5.0)}
+    nearest = judged(UPDATE_RATIO, recorded(sizes, 60)).nearest
+    assert nearest is not None
+    assert (nearest.where, nearest.value) == ("a", pytest.approx(0.01))
+    assert judged(UPDATE_RATIO, recorded({"log_std": (1.0, 5.0)}, 60)).skipped is not None
+
+
+def test_one_outlying_step_does_not_fail() -> None:
+    class Spiked(RecordedSource):
+        def _recorded(self, index: int, names: list[str], sampled: bool) -> Any:
+            call = super()._recorded(index, names, sampled)
+            if call.update_norm is not None and index == 80:
+                call.update_norm[:] *= 1e4
+            return call
+
+    arrays = {"a.weight": np.ones((3, 4))}
+    source = Spiked([arrays] * 100, updates={"a.weight": (1.0, 0.01)})
+    assert judged(UPDATE_RATIO, source).nearest is not None
+
+
+def test_too_few_measured_steps_cannot_tell() -> None:
+    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 1)).skipped is not None
+    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 50)).skipped is not None
+    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 51)).violations
+
+
+def test_sources_without_updates_cannot_tell() -> None:
+    for source in (InMemorySource([{"a.weight": np.ones((3, 4))}]), NormSource(np.ones((5, 2)))):
+        assert judged(UPDATE_RATIO, source).skipped is not None
+    assert judged(UPDATE_RATIO, SAMPLES / "a2c_cartpole.zip").skipped is not None
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_checkpoint_tells_adams_last_update(tmp_path: Path, optimizer: Any) -> None:
+    model = network()
+    adam = optimizer(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(7):
+        x = torch.randn(32, 8)
+        adam.zero_grad()
+        (model(x) - x[:, :2]).pow(2).mean().backward()
+        before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        adam.step()
+    torch.save({"model": model.state_dict(), "optimizer": adam.state_dict()}, tmp_path / "checkpoint.pt")
+    expected = {}
+    for layer in ("0", "2"):
+        weight = model.get_parameter(f"{layer}.weight").detach().double()
+        expected[layer] = float((weight - before[f"{layer}.weight"]).norm()) / math.sqrt(weight.shape[0] / 3)
+    verdict = judged(UPDATE_RATIO, tmp_path / "checkpoint.pt", max=0.0)
+    assert {found.where: found.value for found in verdict.violations} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("sample", ["ppo_cartpole.zip", "ppo_cartpole.gradscope", "rsl_rl_run", "rsl_rl_run.gradscope"])
+def test_healthy_samples_pass(sample: str) -> None:
+    nearest = judged(UPDATE_RATIO, SAMPLES / sample).nearest
+    assert nearest is not None
+    assert 1e-4 < (nearest.value or 0.0) < 0.05
