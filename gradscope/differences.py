@@ -88,6 +88,17 @@ class Difference:
     freedom: float
     changes: tuple[float, ...]
 
+    @classmethod
+    def of(cls, changes: FloatArray, effective: tuple[float, float]) -> Difference:
+        """The difference whose values in equal fractions of two runs are ``changes``, NaN where one is not known."""
+        at = np.flatnonzero(~np.isnan(changes))
+        known = changes[at]
+        if not len(known):
+            return cls(math.nan, math.inf, effective, 0.0, tuple(changes.tolist()))
+        variance, freedom = _noise(known, at)
+        error = math.sqrt(variance / len(known))
+        return cls(math.fsum(known) / len(known), error, effective, freedom, tuple(changes.tolist()))
+
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """The interval that covers the change with this ``confidence``, by Student's t; infinite where none does.
 
@@ -115,14 +126,7 @@ def between(a: Course, b: Course) -> Difference:
     """As ``difference``, of two courses."""
     fractions = min(len(a.means), len(b.means))
     changes = b.coarser(fractions) - a.coarser(fractions)
-    effective = (a.effective, b.effective)
-    at = np.flatnonzero(~np.isnan(changes))
-    known = changes[at]
-    if not len(known):
-        return Difference(math.nan, math.inf, effective, 0.0, tuple(changes.tolist()))
-    variance, freedom = _noise(known, at)
-    error = math.sqrt(variance / len(known))
-    return Difference(math.fsum(known) / len(known), error, effective, freedom, tuple(changes.tolist()))
+    return Difference.of(changes, (a.effective, b.effective))
 
 
 def student_probability(t: float, freedom: float) -> float:

@@ -17,32 +17,20 @@ from gradscope.tensors import TensorInfo
 
 FloatArray = NDArray[np.float64]
 
-Quantity: TypeAlias = Literal["norm", "update", "update-ratio", "peak", "typical-element", "zeros"]
+Quantity: TypeAlias = Literal["norm", "update", "update-ratio", "shape", "nonzero"]
 
 # Of more steps than these the shape of a spectrum is not asked for: decoding it costs more than all else.
 MOST_SHAPES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class QuantityInfo:
-    """``about`` completes "its ... is 3 times that of the baseline"; ``logarithmic``: a series of natural logarithms.
-
-    Differences of a logarithmic quantity are factors; those of the other are shares.
-    """
-
-    name: Quantity
-    about: str
-    logarithmic: bool = True
-
-
-QUANTITIES: tuple[QuantityInfo, ...] = (
-    QuantityInfo("norm", "gradient norm"),
-    QuantityInfo("update", "update"),
-    QuantityInfo("update-ratio", "update, relative to the weights,"),
-    QuantityInfo("peak", "largest gradient element, relative to their RMS,"),
-    QuantityInfo("typical-element", "median gradient element, relative to their RMS,"),
-    QuantityInfo("zeros", "share of zero gradient elements", logarithmic=False),
-)
+# What each is called in a sentence.  All are natural logarithms, so that differences are factors.
+QUANTITIES: Mapping[Quantity, str] = {
+    "norm": "gradient norm",
+    "update": "update norm",
+    "update-ratio": "ratio of update to weights",
+    "shape": "ratio of median to RMS gradient",
+    "nonzero": "share of non-zero gradient elements",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,21 +70,18 @@ def _series_of(
     norms = table.norms(places)
     finite = np.isfinite(norms) & table.there(places)
     told = finite & (norms > 0.0)
-    rms = norms / np.sqrt(max(1, elements))
     found: dict[Quantity, FloatArray] = {
         "norm": _log_where(told, norms),
-        "peak": _log_where(told, table.max_abs[:, places].max(axis=1, initial=0.0) / np.where(told, rms, 1.0)),
-        "zeros": np.where(told, _share_of_zeros(table, places, numel), np.nan),
+        "nonzero": _log_where(told, _share_not_zero(table, places, numel)),
     }
     rows, ratios = table.update_ratios(places)
     if len(rows):
         assert table.update_norm is not None and table.measured is not None
         sizes = np.sqrt(np.square(table.update_norm[:, places]).sum(axis=1))
-        for quantity, at, values in (("update-ratio", rows, ratios), ("update", table.measured, sizes)):
-            found[quantity] = np.full(len(norms), np.nan)
-            found[quantity][at] = _log_where(values > 0.0, values)
+        found["update-ratio"] = _at(rows, ratios, len(norms))
+        found["update"] = _at(table.measured, sizes, len(norms))
     if shape is not None and not np.isnan(shape).all():
-        found["typical-element"] = shape
+        found["shape"] = shape
     silent = float((norms[finite] == 0.0).mean()) if finite.any() else float("nan")
     return LayerSeries(name, elements, silent, found)
 
@@ -140,10 +125,17 @@ def _shape(spectra: Sequence[MagnitudeSpectrum]) -> float:
     return float(np.log(median) - 0.5 * np.log(merged.sum_squares / others)) if median > 0.0 else float("nan")
 
 
-def _share_of_zeros(table: StepTable, places: list[int], numel: Sequence[int]) -> FloatArray:
-    """Zero elements / elements, of the tensors that had a gradient."""
+def _share_not_zero(table: StepTable, places: list[int], numel: Sequence[int]) -> FloatArray:
+    """Elements other than zero / elements, of the tensors that had a gradient."""
     elements = (table.present[:, places] * np.asarray(numel, dtype=np.int64)).sum(axis=1)
-    return np.asarray(table.zeros[:, places].sum(axis=1) / np.maximum(1, elements))
+    return np.asarray(1.0 - table.zeros[:, places].sum(axis=1) / np.maximum(1, elements))
+
+
+def _at(rows: NDArray[np.int64], values: FloatArray, steps: int) -> FloatArray:
+    """Logarithms of ``values`` at their ``rows``, as a series of all steps."""
+    series = np.full(steps, np.nan)
+    series[rows] = _log_where(values > 0.0, values)
+    return series
 
 
 def _log_where(here: NDArray[np.bool_], values: FloatArray) -> FloatArray:

@@ -8,6 +8,7 @@ from gradscope.health.rules.clip_rate import CLIP_RATE
 from gradscope.health.rules.dead import DEAD
 from gradscope.health.rules.depth_decay import DEPTH_DECAY
 from gradscope.health.rules.direction_change import DIRECTION_CHANGE
+from gradscope.health.rules.drift import DRIFT
 from gradscope.health.rules.exploding import EXPLODING
 from gradscope.health.rules.layer_dominance import LAYER_DOMINANCE
 from gradscope.health.rules.noise_scale import NOISE_SCALE
@@ -38,4 +39,5 @@ RULES: tuple[Rule, ...] = (
     BAD_THRESHOLD,
     DOUBLE_CLIP,
     NOISE_SCALE,
+    DRIFT,
 )

@@ -13,6 +13,7 @@ from gradscope import forensics, results
 from gradscope.clipping.layout import TensorLayout
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
+from gradscope.layer_series import ShapeSample
 from gradscope.noise_scale import MinibatchMeter
 from gradscope.optimizer_state import OptimizerState
 from gradscope.selection import select_steps
@@ -36,6 +37,7 @@ class Evidence:
     merged over the ``sampled`` rows of the table, evenly spaced among those that hold spectra of tensors.
     ``recorded`` is what a recording clipped itself, ``minibatches`` what a captured batch tells of noise.
     ``optimizers`` and ``reports`` (their forensics) are those of a checkpoint.  ``baseline`` is what to compare with.
+    ``shapes`` are the series of each layer's shape, as ``layer_series.ShapeSample`` takes them.
     """
 
     source: GradientSource
@@ -49,6 +51,7 @@ class Evidence:
     optimizers: tuple[OptimizerState, ...]
     reports: tuple[results.OptimizerReport, ...]
     baseline: Baseline | None = None
+    shapes: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @classmethod
     def gather(
@@ -67,17 +70,20 @@ class Evidence:
             raise GradscopeError(source.info.path, "holds no gradient steps to choose from")
         weights = source.weights(progress)
         optimizers = source.optimizers(progress)
+        layers = _layers(source.tensors) if source.info.kind != "norm-log" else {}
+        shapes = ShapeSample(layers, len(source.tensors), 0)
         table, minibatches, sample = None, None, _SpectraSample(len(source.tensors), 0)
         if source.tensors:
             selected = select_steps(steps, source.info.steps)
             meter = MinibatchMeter(source, TensorLayout.of(source.tensors, source.groups))
             sample = _SpectraSample(len(source.tensors), len(selected))
-            table = StepTable.read(source, selected, progress, [meter.see, sample.see])
+            shapes = ShapeSample(layers, len(source.tensors), len(selected))
+            table = StepTable.read(source, selected, progress, [meter.see, sample.see, shapes.see])
             minibatches = meter.report(progress)
         return cls(
             source=source,
             table=table,
-            layers=_layers(source.tensors) if source.info.kind != "norm-log" else {},
+            layers=layers,
             spectra=sample.merged(),
             sampled=np.array(sample.rows, dtype=np.int64),
             recorded=recorded_run(source, table) if table is not None else None,
@@ -86,6 +92,7 @@ class Evidence:
             optimizers=optimizers,
             reports=tuple(forensics.analyse(state) for state in optimizers),
             baseline=baseline,
+            shapes=shapes.shapes,
         )
 
     @property
