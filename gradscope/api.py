@@ -216,10 +216,10 @@ def compare(
     Raises GradscopeError for unusable input or options, and for two sources that have nothing in common.
     """
     from gradscope import comparison
+    from gradscope.sources.opening_pair import open_pair
 
     return comparison.compare(
-        _open(a, as_, None, tag, None),
-        _open(b, as_, None, tag, None),
+        *open_pair(a, b, as_=as_, tag=tag),
         policies=policies,
         steps=steps,
         groups=groups,

@@ -75,6 +75,10 @@ def compare(
     finds wrong with its files.
     """
     chosen = chosen_policies(policies)
+    if steps is not None and not (a.tensors or b.tensors):
+        raise GradscopeError(a.info.path, "holds no gradient steps to choose from, nor does the other source")
+    if groups and a.info.kind == b.info.kind == "norm-log":
+        raise GradscopeError("--groups", "takes tensors, and logs of norms name none")
     sides = [_Side.read(source, steps, groups, progress) for source in (a, b)]
     measure = _measure(*sides)
     one, other = _comparable(sides[0], sides[1], measure)

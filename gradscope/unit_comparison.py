@@ -213,8 +213,15 @@ def _numbers(a: Reading, b: Reading, unit: Unit, measure: Measure) -> UnitCompar
         ratio_ci95=None,
         p_value=None,
         verdict="identical" if same else "unknown",
-        share=None if math.isnan(sum(shares)) else Both(*shares),
+        share=_shares(shares),
     )
+
+
+def _shares(shares: Sequence[float]) -> Both[float] | None:
+    """Both shares; what rounding leaves of a whole is a whole."""
+    if math.isnan(sum(shares)):
+        return None
+    return Both(*(1.0 if abs(share - 1.0) <= ROUNDING else share for share in shares))
 
 
 def _known(value: float) -> float | None:
@@ -251,7 +258,7 @@ def _series(a: Reading, b: Reading, unit: Unit, paired: bool) -> tuple[UnitCompa
             effective_steps=Both(*noise.effective) if shown else None,
             steps=Both(len(known[0]), len(known[1])),
             l2_norm=Both(Spread.of(known[0]), Spread.of(known[1])),
-            share=None if math.isnan(sum(shares)) else Both(*shares),
+            share=_shares(shares),
             zeros=None if zeros is None else Both(float(zeros[0].mean()), float(zeros[1].mean())),
             update_ratio=Both(*ratios) if None not in ratios else None,  # type: ignore[arg-type]
             shape_distance=shape,
@@ -332,7 +339,9 @@ def _same(a: Reading, b: Reading, unit: Unit) -> bool:
 def _judged(unit: UnitComparison, change: Change | None, apart: bool, zeros_differ: bool) -> UnitComparison:
     verdict: Verdict = unit.verdict
     if verdict != "identical" and change is not None and change.known:
-        verdict = "differs" if apart else "within noise"
+        same = change.noise.error == 0.0 and abs(change.change) <= ROUNDING and unit.steps != Both(1, 1)
+        # A log of norms says no more of a unit than that its norm is the same at every step.
+        verdict = "differs" if apart else "identical" if same and unit.zeros is None else "within noise"
     if (
         verdict == "unknown"
         and unit.steps is not None

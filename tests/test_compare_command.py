@@ -123,3 +123,23 @@ def test_help_names_both_sources(run: Run) -> None:
     code, out, _ = run("compare", "--help")
     assert code == 0
     assert "A" in out and "--max-norm" in out
+
+
+def test_a_tag_goes_to_the_log(run: Run, dumps: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,first,second\n" + "\n".join(f"{i},{1 + i % 3},5.0" for i in range(30)))
+    code, out, _ = run("compare", dumps[0], tmp_path / "log.csv", "--tag", "second", "--format", "json")
+    assert code == 0
+    assert json.loads(out)["overall"]["typical"]["b"] == pytest.approx(5.0)
+    code, _, err = run("compare", *dumps, "--tag", "second")
+    assert code == 2
+    assert "neither source is one" in err
+
+
+def test_what_cannot_be_chosen_from_is_refused(run: Run) -> None:
+    checkpoint = SAMPLES / "ppo_cartpole.zip"
+    code, _, err = run("compare", checkpoint, checkpoint, "--steps", "-10:")
+    assert code == 2
+    assert "holds no gradient steps" in err
+    code, out, _ = run("compare", checkpoint, checkpoint, "--max-norm", "0.5")
+    assert code == 0
+    assert "norm:0.5 is not compared" in " ".join(out.split())

@@ -81,12 +81,12 @@ def compare(
     chosen_groups = options.parse_groups(groups)
 
     from gradscope.commands.destination import Destination
-    from gradscope.commands.reading import choose_source, reading
+    from gradscope.commands.reading import reading
+    from gradscope.sources.opening_pair import open_pair
 
     destination = Destination(format_.value, output, no_color, quiet)
     destination.refuse_unusable([a, b])
-    one, _ = choose_source([a], as_, quiet, tag=tag)
-    other, _ = choose_source([b], as_, quiet, tag=tag)
+    one, other = open_pair(a, b, as_=as_.value if as_ else None, tag=tag)
     with reading(one, quiet, from_start=False) as progress:
         from gradscope import comparison
 

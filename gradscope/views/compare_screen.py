@@ -127,6 +127,8 @@ def _spare_fields(units: Sequence[UnitComparison]) -> list[_Field]:
     fields = []
     if any(unit.shape_distance is not None for unit in units):
         note = "shape: how far the distributions of |g|/rms are apart, in octaves"
+        if any(unit.shape_differs for unit in units):
+            note += " (!: over three times what halves of one run are)"
         fields.append(_Field(Column("shape", spare=4, note=note), _shape))
     if any(unit.zeros is not None and (unit.zeros.a or unit.zeros.b) for unit in units):
         fields.append(_Field(Column("zeros", spare=5), lambda unit: _pair(unit.zeros, percent)))
@@ -160,8 +162,8 @@ def _pair(both: Both[float] | None, text: Callable[[float], str]) -> str:
 
 def _clip_table(clips: Sequence[ClipComparison]) -> Table:
     turned = any(clip.direction_change_deg is not None for clip in clips)
-    columns = [Column("clipped", "left"), Column("A"), Column("95 %", spare=2), Column("B"), Column("95 %", spare=2)]
-    columns += [Column("direction A", spare=1), Column("B", spare=1)] if turned else []
+    columns = [Column("clipped", "left"), Column("A (95 %)", "left"), Column("B (95 %)", "left")]
+    columns += [Column("direction", spare=1)] if turned else []
     columns.append(Column("", "left"))
     return Table(tuple(columns), tuple(Row(tuple(_clip_cells(clip, turned))) for clip in clips))
 
@@ -171,12 +173,18 @@ def _clip_cells(clip: ClipComparison, turned: bool) -> Iterator[str]:
         policy_words(clip.policy) if clip.policy else "as recorded" if clip.name == "all" else f"recorded, {clip.name}"
     )
     for rate in (clip.rate.a, clip.rate.b):
-        yield percent(rate.clip_rate)
-        yield "" if rate.ci95 is None else f"{percent(rate.ci95[0])} to {percent(rate.ci95[1])}"
+        low, high = (percent(end).removesuffix(" %") for end in rate.ci95 or (0.0, 0.0))
+        yield percent(rate.clip_rate) + ("" if rate.ci95 is None else f" ({low}–{high})")
     if turned:
-        change = clip.direction_change_deg or Both(None, None)
-        yield from ("" if side is None or math.isnan(side) else angle(side) for side in (change.a, change.b))
+        yield _direction(clip)
     yield "" if clip.differs is None else "differs" if clip.differs else "within noise"
+
+
+def _direction(clip: ClipComparison) -> str:
+    change = clip.direction_change_deg
+    if change is None or change.a is None or change.b is None or math.isnan(change.a + change.b):
+        return ""
+    return _pair(Both(change.a, change.b), angle)
 
 
 # --- what to do next --------------------------------------------------------------------------------------------------
@@ -197,7 +205,8 @@ def _next(comparison: Comparison, choices: ViewChoices) -> str:
         return f"--by tensor shows which parameters of {differ[0].name} they are; --steps A:B, when in the run."
     if not comparison.policies:
         return "--max-norm X compares how often a threshold would clip each; --steps A:B looks at a part of both."
-    return "--steps A:B looks at a part of both; --by tensor at single parameters."
+    tensors = "; --by tensor at single parameters" if comparison.layers and choices.by != "tensor" else ""
+    return f"--steps A:B looks at a part of both{tensors}."
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
