@@ -69,6 +69,8 @@ def _identical(comparison: Comparison) -> str:
     if not steps:
         return "Identical: every number that they hold is the same."
     where = "the one step" if steps == 1 else f"all {count(steps)} steps"
+    if "norm-log" in (comparison.sources.a.kind, comparison.sources.b.kind):
+        return f"Identical, as far as norms tell: they are the same at {where}."
     return f"Identical: norm, largest magnitude and zeros of every tensor are the same at {where}."
 
 

@@ -410,6 +410,7 @@ def test_a_norm_log_meets_a_run_in_the_global_norm(tmp_path: Path) -> None:
     assert comparison.layers == comparison.tensors == ()
     assert comparison.overall is not None
     assert comparison.overall.ratio == pytest.approx(1.0)
+    assert comparison.findings[0] == "Identical, as far as norms tell: they are the same at all 60 steps."
     assert [clip.policy for clip in comparison.policies] == ["norm:20"]
     assert any("value:1 is not compared" in note for note in comparison.notes)
     assert any("knows no layers" in note for note in comparison.notes)
