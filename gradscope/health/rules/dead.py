@@ -18,9 +18,11 @@ FEWEST_STEPS = 3
 # Over how much of a run, up to its end, a tensor must have been zero, and over how many steps at least.
 LAST_PART = 0.25
 FEWEST_LAST_STEPS = 16
-# Zeros that change places from step to step are many by chance; dead ones are as many at most steps.
+# A unit that is as good as dead may answer to one input of many.
+LIVE_STEPS = 0.05
+# Zeros that change places from step to step are many by chance; dead ones are about as many at every step.
 FEWEST_STEPS_OF_SHARE = 16
-STEADY_SHARE = 0.5
+UNSTEADY_SHARE = 0.02
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
@@ -38,7 +40,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
 def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdict:
     table = evidence.table
     assert table is not None
-    zero: dict[str, tuple[int, int]] = {}
+    zero: dict[str, tuple[int, int, bool]] = {}
     shares: list[Reading] = []
     for place, tensor in enumerate(evidence.tensors):
         there = rows[table.present[rows, place]]
@@ -46,9 +48,10 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
             continue
         silent = _silent_part(there, table.max_abs[there, place], evidence.source.in_time)
         if silent is not None:
-            zero[tensor.name] = (int(table.index[silent[0]]), int(table.index[silent[-1]]))
+            seldom = bool((table.max_abs[silent, place] > 0.0).any())
+            zero[tensor.name] = (int(table.index[silent[0]]), int(table.index[silent[-1]]), seldom)
         elif not is_embedding(tensor.name):
-            share = _steady_zeros(table.zeros[there, place]) / tensor.numel
+            share = _steady_zeros(table.zeros[there, place], tensor.numel) / tensor.numel
             shares.append(_share_reading(evidence, there, tensor.name, share, most))
     shares.sort(key=lambda reading: -(reading.value or 0.0))
     beyond = [reading for reading in shares if (reading.value or 0.0) > most]
@@ -61,39 +64,44 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
 
 
 def _silent_part(rows: NDArray[np.int64], largest: NDArray[np.float64], in_time: bool) -> NDArray[np.int64] | None:
-    """The rows from which on a tensor is zero, where they are enough of the run to count."""
-    live = np.flatnonzero(largest > 0.0)
-    start = int(live[-1]) + 1 if len(live) else 0
-    enough = max(FEWEST_LAST_STEPS, LAST_PART * len(rows)) if in_time else len(rows)
-    return rows[start:] if start == 0 or len(rows) - start >= enough else None
+    """The rows from which on a tensor is zero, but at a few of them, where they are enough of the run to count."""
+    live = largest > 0.0
+    if not live.any() or not in_time:
+        return None if live.any() else rows
+    length = np.arange(len(rows), 0, -1)
+    silent = ~live & (np.cumsum(live[::-1])[::-1] <= LIVE_STEPS * length)
+    silent &= (length == len(rows)) | (length >= max(FEWEST_LAST_STEPS, LAST_PART * len(rows)))
+    return rows[int(np.argmax(silent)) :] if silent.any() else None
 
 
-def _steady_zeros(zeros: NDArray[np.int64]) -> int:
-    """How many elements seem to be zero at every step: the fewest zeros of a step, if most steps have as many."""
+def _steady_zeros(zeros: NDArray[np.int64], numel: int) -> int:
+    """How many elements seem to be zero at every step: the fewest zeros of a step, if most steps have about as many."""
     fewest = int(zeros.min())
-    steady = len(zeros) >= FEWEST_STEPS_OF_SHARE and float((zeros == fewest).mean()) >= STEADY_SHARE
+    steady = len(zeros) >= FEWEST_STEPS_OF_SHARE and float(np.median(zeros)) - fewest <= UNSTEADY_SHARE * numel
     return fewest if steady else 0
 
 
-def _zero_readings(evidence: Evidence, zero: dict[str, tuple[int, int]], most: float) -> list[Reading]:
+def _zero_readings(evidence: Evidence, zero: dict[str, tuple[int, int, bool]], most: float) -> list[Reading]:
     """One reading for each stretch of steps at which tensors are zero, the one with most tensors first."""
-    by_steps: dict[tuple[int, int], list[str]] = {}
+    by_steps: dict[tuple[int, int, bool], list[str]] = {}
     for name, steps in zero.items():
         by_steps.setdefault(steps, []).append(name)
     ordered = sorted(by_steps.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        Reading(1.0, most, tensors[0], steps, _zero_message(tensors, steps, len(evidence.tensors)))
-        for steps, tensors in ordered
+        Reading(
+            1.0, most, tensors[0], (first, last), _zero_message(tensors, first, last, seldom, len(evidence.tensors))
+        )
+        for (first, last, seldom), tensors in ordered
     ]
 
 
-def _zero_message(tensors: Sequence[str], steps: tuple[int, int], total: int) -> str:
+def _zero_message(tensors: Sequence[str], first: int, last: int, seldom: bool, total: int) -> str:
     if len(tensors) == total > 1:
         who = f"All {count(total)} tensors have"
     else:
         who = f"{names(list(tensors))} {'has' if len(tensors) == 1 else 'have'}"
     return (
-        f"{who} a gradient of exactly zero at every step from {steps[0]} to {steps[1]}: "
+        f"{who} a gradient of exactly zero at {'nearly ' if seldom else ''}every step from {first} to {last}: "
         "dead units (a large negative bias, too high a learning rate), or a part that does not reach the loss."
     )
 
@@ -132,9 +140,9 @@ DEAD = Rule(
     severity="error",
     about="Tensors, or most of a tensor, have a gradient of zero step after step.",
     formula=(
-        "tensors that are zero at every step at which they have a gradient, or from some step on to the end (a quarter "
-        "of the run and 16 steps at least); share of a tensor's elements that are zero at every step: the fewest zeros "
-        "of a step, where half the steps have as many; embeddings left out"
+        "tensors that are zero at 95 % of the steps at which they have a gradient, or of those from one on to the "
+        "end (a quarter of the run and 16 steps at least); share of a tensor's elements that are zero at every step: "
+        "the fewest zeros of a step, where the median has about as many; embeddings left out"
     ),
     source="Maas, Hannun & Ng 2013, Rectifier nonlinearities improve neural network acoustic models; Lu et al. 2020, "
     "Dying ReLU and initialization",
