@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +160,24 @@ def test_the_max_norm_of_a_checkpoint() -> None:
     assert verdict.nearest is not None
     assert verdict.nearest.value == 0.5
     assert judged(BAD_THRESHOLD, SAMPLES / "ppo_cartpole_gradients").skipped == "the source names no max_norm"
+
+
+@pytest.mark.parametrize(("max_norm", "effect"), [(0.0, "stops training"), (0, "stops training"), (-1.0, "turns")])
+def test_a_checkpoint_whose_library_clips_at_zero(tmp_path: Path, max_norm: float, effect: str) -> None:
+    """SB3 and rsl_rl's PPO hand max_grad_norm to clip_grad_norm_ whatever it is."""
+    with zipfile.ZipFile(SAMPLES / "ppo_cartpole.zip") as healthy, zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
+        for name in healthy.namelist():
+            content = healthy.read(name)
+            if name == "data":
+                content = json.dumps(json.loads(content) | {"max_grad_norm": max_norm}).encode()
+            bad.writestr(name, content)
+    (found,) = judged(BAD_THRESHOLD, tmp_path / "bad.zip").violations
+    assert effect in found.message
+    shutil.copytree(SAMPLES / "rsl_rl_run", tmp_path / "run")
+    settings = tmp_path / "run" / "params" / "agent.yaml"
+    settings.write_text(re.sub(r"max_grad_norm: .*", f"max_grad_norm: {max_norm}", settings.read_text()))
+    (found,) = judged(BAD_THRESHOLD, tmp_path / "run").violations
+    assert effect in found.message
 
 
 def test_clipping_twice(tmp_path: Path) -> None:

@@ -98,6 +98,9 @@ def _bad_in_history(evidence: Evidence) -> list[Reading]:
 
 def _stored_thresholds(evidence: Evidence) -> Verdict:
     """The max_norm that a checkpoint names for its clip groups."""
+    noted = [found for found in evidence.source.lint if found.rule == "bad-threshold"]
+    if noted:
+        return Verdict.violated([Reading(None, None, found.group, None, found.message) for found in noted])
     named = [group for state in evidence.optimizers for group in state.clip_groups if group.max_norm is not None]
     if not named:
         return Verdict.cannot_tell("the source names no max_norm")

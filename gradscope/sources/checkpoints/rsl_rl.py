@@ -16,7 +16,7 @@ from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource, SourceInfo
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, model_parameters
 from gradscope.sources.checkpoints.parameter_names import InOrder, with_prefix
-from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of
+from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of, unusable_limit
 from gradscope.sources.checkpoints.stored_optimizer import (
     StoredOptimizer,
     is_optimizer_state,
@@ -26,6 +26,7 @@ from gradscope.sources.checkpoints.stored_optimizer import (
 from gradscope.sources.formats.file_region import FileRegion
 from gradscope.sources.formats.tree import Tree, named_leaves
 from gradscope.tensors import ClipGroup
+from gradscope.trace.schema import LintFinding
 
 MAX_YAML_BYTES = 1 << 18
 _MODELS = ("model", "actor", "critic", "student", "teacher", "rnd")
@@ -41,14 +42,19 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
     if not models or not is_optimizer_state(content["optimizer_state_dict"]):
         return None
     model = _parameters(models, str(path))
-    max_norm, notes = _max_norm(path)
+    max_norm, notes, lint = _max_norm(path)
+    algorithm = _algorithm(models, model)
+    # Its distillation takes 0 for no clipping, its PPO clips at it.
+    lint = () if algorithm == "Distillation" and max_norm is None and not notes else lint
     optimizers = [_policy_optimizer(str(path), content["optimizer_state_dict"], models, model, max_norm)]
     if is_optimizer_state(content.get("rnd_optimizer_state_dict")):
         optimizers.append(_rnd_optimizer(str(path), content["rnd_optimizer_state_dict"], model))
     return CheckpointSource(
-        info=SourceInfo(str(path), "checkpoint", f"rsl_rl {_algorithm(models, model)}", 0),
+        info=SourceInfo(str(path), "checkpoint", f"rsl_rl {algorithm}", 0),
         skipped=model.skipped,
         notes=notes,
+        findings=tuple(found.message for found in lint),
+        lint=lint,
         model=model.tensors,
         others=model.others,
         stored_optimizers=tuple(optimizers),
@@ -109,18 +115,22 @@ def _rnd_optimizer(what: str, state: Tree, model: ModelParameters) -> StoredOpti
 # --- params/agent.yaml -----------------------------------------------------------------------------------------------
 
 
-def _max_norm(checkpoint: Path) -> tuple[float | None, tuple[str, ...]]:
-    """``algorithm.max_grad_norm`` of the run that ``checkpoint`` lies in, or a note that says why it is unknown."""
+def _max_norm(checkpoint: Path) -> tuple[float | None, tuple[str, ...], tuple[LintFinding, ...]]:
+    """``algorithm.max_grad_norm`` of the run that ``checkpoint`` lies in, or a note that says why it is unknown.
+
+    And what is wrong with it, if it cannot be meant.
+    """
     path = checkpoint.parent / "params" / "agent.yaml"
     if not path.is_file():
-        return None, ("There is no params/agent.yaml beside it, so max_norm is unknown (rsl_rl's default is 1.0).",)
+        said = "There is no params/agent.yaml beside it, so max_norm is unknown (rsl_rl's default is 1.0)."
+        return None, (said,), ()
     try:
         value = max_grad_norm_in(path)
     except GradscopeError as error:
-        return None, (f"max_norm is unknown: {error.what}: {error.why}.",)
+        return None, (f"max_norm is unknown: {error.what}: {error.why}.",), ()
     if value is None:
-        return None, ("params/agent.yaml names no max_grad_norm.",)
-    return max_norm_of(value, "params/agent.yaml")
+        return None, ("params/agent.yaml names no max_grad_norm.",), ()
+    return *max_norm_of(value, "params/agent.yaml"), unusable_limit(value, "params/agent.yaml")
 
 
 def max_grad_norm_in(path: Path) -> float | str | None:

@@ -15,7 +15,7 @@ from gradscope.gradients import GradientSource, SourceInfo
 from gradscope.sources.checkpoints.checkpoint_source import CheckpointSource, ModelParameters, parameters_in
 from gradscope.sources.checkpoints.optimizer_types import class_name
 from gradscope.sources.checkpoints.parameter_names import Candidate, InOrder, with_prefix
-from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of
+from gradscope.sources.checkpoints.scalars import mapping_of, max_norm_of, unusable_limit
 from gradscope.sources.checkpoints.stored_optimizer import (
     StoredOptimizer,
     is_optimizer_state,
@@ -43,7 +43,7 @@ _POLICY_MODULES = {
     "sb3_contrib.tqc.policies": "TQC",
     "sb3_contrib.ars.policies": "ARS",
 }
-_NEVER_CLIP = frozenset({"SAC", "TD3", "DDPG", "TQC", "CrossQ"})
+_NEVER_CLIP = frozenset({"SAC", "TD3", "DDPG", "TQC", "CrossQ", "TRPO"})
 
 
 def recognise(path: Path, tree: Tree) -> GradientSource | None:
@@ -59,11 +59,15 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
         if is_optimizer_state(state)
     )
     _, doubt = max_norm_of(data.get("max_grad_norm"), "data")
-    told = not doubt and ("max_grad_norm" in data or algorithm in _NEVER_CLIP)
+    # What clips at all does so at whatever max_grad_norm is, 0 too; TRPO inherits one and never looks at it.
+    lint = () if algorithm in _NEVER_CLIP else unusable_limit(data.get("max_grad_norm"), "data")
+    told = not doubt and not lint and ("max_grad_norm" in data or algorithm in _NEVER_CLIP)
     return CheckpointSource(
         info=SourceInfo(str(path), "checkpoint", f"SB3 {algorithm}", 0),
         skipped=model.skipped,
         notes=(*_notes(algorithm, optimizers, told), *doubt),
+        findings=tuple(found.message for found in lint),
+        lint=lint,
         model=model.tensors,
         others=model.others,
         stored_optimizers=optimizers,

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from gradscope.notation import setting
 from gradscope.sources.checkpoints.parameter_names import is_float
 from gradscope.sources.formats.tree import Opaque, Tree
 from gradscope.sources.stored import FileTensor, MemoryTensor, StreamTensor, read
+from gradscope.trace.schema import LintFinding
 
 
 def mapping_of(node: Tree) -> Mapping[Any, Any] | None:
@@ -49,6 +51,15 @@ def max_norm_of(value: Tree, where: str) -> tuple[float | None, tuple[str, ...]]
         return number if number and math.isfinite(number) else None, ()
     said = repr(value) if isinstance(value, bool | int | float | str) else "no number"
     return None, (f"max_norm is unknown: max_grad_norm in {where} is {said[:40]}.",)
+
+
+def unusable_limit(value: Tree, where: str) -> tuple[LintFinding, ...]:
+    """What is wrong with ``value`` as the max_norm of a library that clips at any number; nothing if it is positive."""
+    number = number_of(value)
+    if number is None or number > 0:
+        return ()
+    effect = "it turns every gradient around" if number else "it zeroes every gradient and stops training"
+    return (LintFinding("bad-threshold", f"max_grad_norm in {where} is {setting(number)}: {effect}."),)
 
 
 def _only_element(tensor: FileTensor | MemoryTensor | StreamTensor) -> float | None:
