@@ -33,6 +33,8 @@ ASSUMED_FREEDOM = 30.0
 LAYERS_PER_FREEDOM = 3.0
 # Of fewer fractions of a run no scatter is known.
 FEWEST_FRACTIONS = 4
+# Of a clip rate whose steps are too few, or hang together too much, for an interval.
+WIDEST_HALF = 0.25
 # Fewer layers have no typical one.
 FEWEST_LAYERS = 3
 EVERYWHERE = "most layers"
@@ -204,7 +206,9 @@ def _nearest(evidence: Evidence, families: Sequence[tuple[Sequence[_Change], flo
     ]
     if not tried:
         return _said(evidence, None, "too little is known of the layers to tell drift from noise.")
-    return _reading(evidence, *max(tried, key=lambda one: _excess(one[0])), [])
+    return _reading(
+        evidence, *max(tried, key=lambda one: abs(one[0].change) / (one[0].margin + 4.0 * one[0].spread + 1e-9)), []
+    )
 
 
 def _reading(evidence: Evidence, change: _Change, alpha: float, others: Sequence[_Change]) -> Reading:
@@ -280,7 +284,7 @@ def _clipping(evidence: Evidence, run: RunCourses, baseline: Baseline, limits: L
 
 def _half_width(run: RunCourses) -> float:
     interval = run.clipping.interval
-    return 1.0 if interval is None else (interval[1] - interval[0]) / 2.0
+    return WIDEST_HALF if interval is None else (interval[1] - interval[0]) / 2.0
 
 
 def _said(evidence: Evidence, where: str | None, message: str) -> Reading:
