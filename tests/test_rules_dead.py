@@ -84,6 +84,24 @@ def test_embeddings_have_rows_that_no_batch_touches() -> None:
     assert judged("dead", InMemorySource(steps), max_share=0.8).status == "pass"
 
 
+def bags_of_words(biases_alive: int) -> list[Arrays]:
+    """A first layer whose inputs are words, of which each batch holds a few: never the same, but about as many."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(30):
+        weight, bias = np.zeros((20, 2000)), np.zeros(20)
+        weight[:, rng.integers(0, 2000, 20)] = 1.0
+        bias[:biases_alive] = 1.0
+        made.append({"0.weight": weight, "0.bias": bias})
+    return made
+
+
+def test_inputs_that_are_mostly_zero_leave_a_layer_alive() -> None:
+    assert judged("dead", InMemorySource(bags_of_words(20))).status == "pass"
+    dying = judged("dead", InMemorySource(bags_of_words(2)))
+    assert (dying.status, dying.where) == ("fail", "0.weight")
+
+
 class Absent(InMemorySource):
     """The first tensor has a gradient at every fourth step only."""
 

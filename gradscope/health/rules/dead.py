@@ -23,6 +23,8 @@ LIVE_STEPS = 0.05
 # Zeros that change places from step to step are many by chance; dead ones are about as many at every step.
 FEWEST_STEPS_OF_SHARE = 16
 UNSTEADY_SHARE = 0.02
+# The share of a layer's biases that are zero from which on its units are what zeroes its matrix, not its inputs.
+DEAD_BIASES = 0.5
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
@@ -42,6 +44,8 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
     assert table is not None
     zero: dict[str, tuple[int, int, bool]] = {}
     shares: list[Reading] = []
+    steady: dict[int, float] = {}
+    judged: dict[int, NDArray[np.int64]] = {}
     for place, tensor in enumerate(evidence.tensors):
         there = rows[table.present[rows, place]]
         if not tensor.numel or len(there) < FEWEST_STEPS:
@@ -51,8 +55,11 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
             seldom = bool((table.max_abs[silent, place] > 0.0).any())
             zero[tensor.name] = (int(table.index[silent[0]]), int(table.index[silent[-1]]), seldom)
         elif not is_embedding(tensor.name):
-            share = _steady_zeros(table.zeros[there, place], tensor.numel) / tensor.numel
-            shares.append(_share_reading(evidence, there, tensor.name, share, most))
+            steady[place] = _steady_zeros(table.zeros[there, place], tensor.numel) / tensor.numel
+            judged[place] = there
+    for place, there in judged.items():
+        if not _inputs_explain(evidence, steady, place):
+            shares.append(_share_reading(evidence, there, evidence.tensors[place].name, steady[place], most))
     shares.sort(key=lambda reading: -(reading.value or 0.0))
     beyond = [reading for reading in shares if (reading.value or 0.0) > most]
     readings = [*_zero_readings(evidence, zero, most), *beyond]
@@ -61,6 +68,15 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
     if not shares:
         return Verdict.cannot_tell(f"no tensor had a gradient at {FEWEST_STEPS} steps")
     return Verdict.well(shares[0])
+
+
+def _inputs_explain(evidence: Evidence, steady: dict[int, float], place: int) -> bool:
+    """Whether a matrix may be zero where its inputs are (words of a bag, one-hot states): its units' bias is alive."""
+    tensor = evidence.tensors[place]
+    if len(tensor.shape) < 2:
+        return False
+    biases = [steady[i] for i in evidence.layers[tensor.layer] if len(evidence.tensors[i].shape) == 1 and i in steady]
+    return bool(biases) and max(biases) < DEAD_BIASES
 
 
 def _silent_part(rows: NDArray[np.int64], largest: NDArray[np.float64], in_time: bool) -> NDArray[np.int64] | None:
@@ -142,7 +158,8 @@ DEAD = Rule(
     formula=(
         "tensors that are zero at 95 % of the steps at which they have a gradient, or of those from one on to the "
         "end (a quarter of the run and 16 steps at least); share of a tensor's elements that are zero at every step: "
-        "the fewest zeros of a step, where the median has about as many; embeddings left out"
+        "the fewest zeros of a step, where the median has about as many; embeddings, and matrices of layers most of "
+        "whose biases have a gradient, left out"
     ),
     source="Maas, Hannun & Ng 2013, Rectifier nonlinearities improve neural network acoustic models; Lu et al. 2020, "
     "Dying ReLU and initialization",
