@@ -48,13 +48,11 @@ HEALTHY = (
 SICK = (
     Training("ppo-lr", "PPO, learning rate × 100", reinforcement.ppo_learning_rate, ("update-ratio",)),
     Training("transformer-lr", "transformer, learning rate × 100", text.transformer_learning_rate, ("update-ratio",)),
-    Training(
-        "no-normalisation", "50 layers, no normalisation", images.no_normalisation, ("depth-decay", "vanishing")
-    ),
+    Training("no-normalisation", "50 layers, no normalisation", images.no_normalisation, ("depth-decay", "vanishing")),
     Training("sigmoid", "15 layers of sigmoids", images.sigmoid_stack, ("depth-decay", "vanishing")),
     Training("dead-relu", "dead ReLU: one layer's biases at −20", images.dead_relu_bias, ("dead",)),
     Training("dead-relu-most", "dead ReLU: 3/4 of the units of each layer", images.dead_relu_most, ("dead",)),
-    Training("dead-relu-step", "dead ReLU: killed by one of the first steps", images.dead_relu_step, ("dead",)),
+    Training("dead-relu-rate", "dead ReLU: too high a learning rate", images.dead_relu_rate, ("dead",)),
     Training("fp16-unscaled", "float16 autocast, no loss scale", half_precision.autocast_unscaled, ("underflow",)),
     Training("fp16-weights", "model.half(), no loss scale", half_precision.weights_in_half, ("underflow",)),
     Training("scaled-clip", "clip before unscale_", half_precision.clipped_before_unscale, ("scaled-clip",)),

@@ -71,19 +71,19 @@ def dead_relu_bias(seed: int) -> None:
 def dead_relu_most(seed: int) -> None:
     """Three quarters of the units of every layer start far below zero."""
     model = stack(4, nn.ReLU)
-    for layer in (model[0], model[2], model[4]):
-        with torch.no_grad():
-            layer.bias[:48] = -20.0  # type: ignore[index]
+    for name, parameter in list(model.named_parameters())[:-2]:
+        if name.endswith("bias"):
+            nn.init.constant_(parameter[:48], -20.0)
     _classify(seed, model)
 
 
-def dead_relu_step(seed: int) -> None:
-    """Targets of about fifty, as they come, and SGD without a clip: one of the first updates kills every unit."""
+def dead_relu_rate(seed: int) -> None:
+    """Targets of about fifty, as they come, and SGD at a learning rate whose steps push unit after unit below zero."""
     model = nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    for points, classes in Clusters.drawn(seed).batches(150):
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0, momentum=0.9)
+    for points, classes in Clusters.drawn(seed).batches(400):
         targets = 50.0 + 5.0 * classes[:, None]
-        _update(model, optimizer, functional.mse_loss(model(points), targets), None)
+        _update(model, optimizer, functional.mse_loss(model(points), targets), 1.0)
 
 
 def residual(seed: int) -> None:
@@ -110,7 +110,7 @@ def mlp_deeper(seed: int) -> None:
 def momentum(seed: int) -> None:
     """Three linear layers and ReLUs, SGD with momentum, not clipped."""
     model = stack(3, nn.ReLU)
-    _classify(seed, model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), max_norm=None, steps=300)
+    _classify(seed, model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), max_norm=None, steps=300)
 
 
 def convolutional(seed: int) -> None:

@@ -53,7 +53,7 @@ class Block(nn.Module):
         heads = self.qkv(self.ln_1(x)).view(rows, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(rows, length, WIDTH))
-        return x + self.down(functional.gelu(self.up(self.ln_2(x))))
+        return x + self.down(functional.gelu(self.up(self.ln_2(x))))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
