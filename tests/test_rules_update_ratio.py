@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Followed:
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
         self.updates: dict[str, list[float]] = {name: [] for name in matrices}
-        self.default = {name: math.sqrt(p.shape[0] / 3) for name, p in matrices.items()}
+        self.weights: dict[str, list[float]] = {name: [] for name in matrices}
+        self.initial = {name: math.sqrt(p.shape[0] / 3) for name, p in matrices.items()}
 
         def train() -> None:
             for _ in range(steps):
@@ -43,11 +45,15 @@ class Followed:
                 optimizer.step()
                 for name, p in matrices.items():
                     self.updates[name].append(float((p.detach().double() - before[name]).norm()))
+                    self.weights[name].append(float(before[name].norm()))
 
         self.path = record(directory, train).path
 
-    def ratios(self, name: str) -> np.ndarray:
-        return np.array(self.updates[name]) / self.default[name]
+    def of_weights(self, name: str) -> np.ndarray:
+        return np.array(self.updates[name]) / np.maximum(self.weights[name], self.initial[name])
+
+    def of_initial(self, name: str) -> np.ndarray:
+        return np.array(self.updates[name]) / self.initial[name]
 
 
 def network() -> nn.Sequential:
@@ -56,19 +62,29 @@ def network() -> nn.Sequential:
 
 
 def test_the_largest_median_of_a_part_is_torchs(tmp_path: Path) -> None:
-    followed = Followed(tmp_path, network(), 1e-3)
+    followed = Followed(tmp_path, network(), 1e-2)
     # 12 measured steps in four parts, of which the first is left out.
     parts = [(30, 40, 50), (60, 70, 80), (90, 100, 110)]
-    expected = {
-        name.split(".")[0]: max(float(np.median(followed.ratios(name)[list(part)])) for part in parts)
-        for name in followed.updates
-    }
+
+    def expected(ratios: Callable[[str], np.ndarray]) -> dict[str, float]:
+        return {
+            name.split(".")[0]: max(float(np.median(ratios(name)[list(part)])) for part in parts)
+            for name in followed.updates
+        }
+
     verdict = judged(UPDATE_RATIO, followed.path, max=0.0)
-    assert {found.where: found.value for found in verdict.violations} == pytest.approx(expected, rel=1e-4)
+    assert {found.where: found.value for found in verdict.violations} == pytest.approx(
+        expected(followed.of_weights), rel=1e-4
+    )
     assert {found.steps for found in verdict.violations} <= {(part[0], part[-1]) for part in parts}
+    beyond = judged(UPDATE_RATIO, followed.path, **{"max-of-initial": 0.0})
+    assert {found.where: found.value for found in beyond.violations} == pytest.approx(
+        expected(followed.of_initial), rel=1e-4
+    )
+    assert expected(followed.of_weights) != pytest.approx(expected(followed.of_initial), rel=1e-2)
     nearest = judged(UPDATE_RATIO, followed.path).nearest
     assert nearest is not None
-    assert nearest.value == pytest.approx(max(expected.values()), rel=1e-4)
+    assert nearest.value == pytest.approx(max(expected(followed.of_weights).values()), rel=1e-4)
 
 
 def test_a_hundredfold_learning_rate_fails(tmp_path: Path) -> None:
@@ -141,7 +157,8 @@ def test_a_checkpoint_tells_adams_last_update(tmp_path: Path, optimizer: Any) ->
     expected = {}
     for layer in ("0", "2"):
         weight = model.get_parameter(f"{layer}.weight").detach().double()
-        expected[layer] = float((weight - before[f"{layer}.weight"]).norm()) / math.sqrt(weight.shape[0] / 3)
+        update = float((weight - before[f"{layer}.weight"]).norm())
+        expected[layer] = update / max(float(weight.norm()), math.sqrt(weight.shape[0] / 3))
     verdict = judged(UPDATE_RATIO, tmp_path / "checkpoint.pt", max=0.0)
     assert {found.where: found.value for found in verdict.violations} == pytest.approx(expected, rel=1e-4)
 

@@ -1,8 +1,9 @@
-"""``update-ratio``: how much an optimizer step changes a layer, against the weights that such a layer starts with.
+"""``update-ratio``: how much an optimizer step changes a layer, against its weights now and as such a layer starts.
 
 Too high a learning rate makes weights grow until its updates are small beside them: against the weights as they are by
-then, PPO at a hundred times its learning rate looks like a healthy recurrent network.  Against what torch initialises
-them with, healthy trainings stayed below 0.04 (most below 0.01), those at a hundred times their rate above 0.1.
+then, PPO at a hundred times its learning rate looks like a healthy recurrent network.  So the same updates are
+compared with what torch initialises such a layer with, too.  Against that, healthy trainings stayed below 0.04 (most
+below 0.01), those at a hundred times their rate above 0.1.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.check_results import Reading
+from gradscope.gradients import Weights
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
-from gradscope.notation import number
+from gradscope.notation import percent
 from gradscope.optimizer_state import AdamMoments
 from gradscope.selection import recent_part
+from gradscope.step_table import StepTable
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+ITS_WEIGHTS = "its weights"
 
 FEWEST_MEASURED = 3
 # Into how many parts a run is split, as far as so many updates were measured.
@@ -29,111 +35,126 @@ MOST_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Ratio:
+class _Layer:
+    """The updates of one layer: ‖update‖ over ‖weights‖, and over ``initial``; float64, the same length.
+
+    ``initial`` is the norm as torch initialises such matrices.  Weights smaller than that count as that: what starts
+    at zero has to change by more than itself.
+    """
+
+    name: str
+    of_weights: FloatArray
+    of_initial: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class _Largest:
+    """What a layer's updates sustained at most, at which rows of the measured ones."""
+
     layer: str
     value: float
-    steps: tuple[int, int] | None
-    said: str
+    rows: IntArray
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
     """Compare each layer's largest sustained updates, and its recent ones, with the limits."""
-    most, least = limits.number("max"), limits.number("min")
-    if evidence.table is not None and evidence.table.measured is not None:
-        large, recent = _sustained(evidence), _recent(evidence)
+    table = evidence.table
+    if table is not None and table.measured is not None:
+        layers = list(_measured(table, evidence))
+        parts, newest = _parts(len(table.measured)), _newest(table)
+        said = "Steps changed"
     else:
         moments = evidence.source.adam_moments()
         if moments is None:
             return Verdict.cannot_tell("neither a recorded run nor Adam's state")
-        large = recent = _stored(moments)
-    if not large:
+        layers = list(_stored(moments, evidence.weights))
+        parts, newest = [np.arange(1)], np.arange(1)
+        said = "Adam's last update changed"
+
+    def reading(largest: _Largest, limit: str, of: str, remedy: str) -> Reading:
+        steps = None if table is None or table.measured is None else evidence.steps_of(table.measured[largest.rows])
+        when = "" if steps is None else f" at steps {steps[0]:,} to {steps[1]:,} (median)"
+        message = f"{said} {largest.layer} by {percent(largest.value)} of {of}{when}{remedy}."
+        return Reading(largest.value, limits.number(limit), largest.layer, steps, message)
+
+    of_weights = _largest([(layer.name, layer.of_weights) for layer in layers], parts)
+    of_initial = _largest([(layer.name, layer.of_initial) for layer in layers], parts)
+    if not of_weights:
         return Verdict.cannot_tell("no update of a layer with a matrix is known at enough steps")
-    large.sort(key=lambda ratio: -ratio.value)
-    beyond = [_reading(ratio, most, "; lower the learning rate") for ratio in large if ratio.value > most]
-    low = sorted((ratio for ratio in recent if ratio.value < least), key=lambda ratio: ratio.value)
-    beyond += [_reading(ratio, least, ": it hardly learns") for ratio in low]
-    return Verdict.violated(beyond) if beyond else Verdict.well(_reading(large[0], most, ""))
+    too_large = "; lower the learning rate"
+    beyond = [reading(one, "max", ITS_WEIGHTS, too_large) for one in of_weights if one.value > limits.number("max")]
+    told = {one.where for one in beyond}
+    beyond += [
+        reading(largest, "max-of-initial", "the size that its weights start with", too_large)
+        for largest in of_initial
+        if largest.value > limits.number("max-of-initial") and largest.layer not in told
+    ]
+    recent = _largest([(layer.name, layer.of_weights) for layer in layers], [newest])
+    slow = [
+        reading(one, "min", ITS_WEIGHTS, ": it hardly learns") for one in recent if one.value < limits.number("min")
+    ]
+    beyond += reversed(slow)
+    return Verdict.violated(beyond) if beyond else Verdict.well(reading(of_weights[0], "max", ITS_WEIGHTS, ""))
 
 
-def _reading(ratio: _Ratio, limit: float, remedy: str) -> Reading:
-    return Reading(ratio.value, limit, ratio.layer, ratio.steps, f"{ratio.said}{remedy}.")
+def _parts(measured: int) -> list[IntArray]:
+    """The parts of a run but its first, in which any layer may change much."""
+    parts = min(MOST_PARTS, measured // FEWEST_MEASURED)
+    return np.array_split(np.arange(measured), parts)[1:] if parts >= 2 else []
 
 
-def _recent(evidence: Evidence) -> list[_Ratio]:
-    """The median of each layer that holds a matrix over the newest part of the run."""
-    table = evidence.table
-    assert table is not None and table.measured is not None
+def _newest(table: StepTable) -> IntArray:
+    assert table.measured is not None
     newest = np.flatnonzero(table.measured >= recent_part(len(table.index)).start)
-    if len(newest) < FEWEST_MEASURED:
-        newest = np.arange(len(table.measured))
-    ratios = []
-    for layer, ratios_measured in _measured(evidence):
-        values = ratios_measured[newest]
-        known = np.isfinite(values)
-        if known.sum() < FEWEST_MEASURED:
-            continue
-        value = float(np.median(values[known]))
-        said = f"Recent steps change {layer} by {number(value)} of default weights in the median"
-        ratios.append(_Ratio(layer, value, evidence.steps_of(table.measured[newest][known]), said))
-    return ratios
+    return newest if len(newest) >= FEWEST_MEASURED else np.arange(len(table.measured))
 
 
-def _sustained(evidence: Evidence) -> list[_Ratio]:
-    """The largest median of a part of the run, but its first, in which any layer may change much."""
-    table = evidence.table
-    assert table is not None and table.measured is not None
-    parts = min(MOST_PARTS, len(table.measured) // FEWEST_MEASURED)
-    if parts < 2:
-        return []
-    windows = np.array_split(np.arange(len(table.measured)), parts)[1:]
-    ratios = []
-    for layer, values in _measured(evidence):
-        medians = [(_median(values[window]), window) for window in windows]
-        known = [(value, window) for value, window in medians if value is not None]
-        if not known:
-            continue
-        value, window = max(known, key=lambda pair: pair[0])
-        steps = evidence.steps_of(table.measured[window])
-        said = f"For a part of the run steps change {layer} by {number(value)} of default weights in the median"
-        ratios.append(_Ratio(layer, value, steps, said))
-    return ratios
+def _largest(layers: Sequence[tuple[str, FloatArray]], parts: Sequence[IntArray]) -> list[_Largest]:
+    """The largest median of each layer over ``parts``, the largest first; not of one whose updates are not known."""
+    largest = []
+    for name, values in layers:
+        known = [(median, part) for part in parts if (median := _median(values[part])) is not None]
+        if known:
+            value, part = max(known, key=lambda pair: pair[0])
+            largest.append(_Largest(name, value, part))
+    return sorted(largest, key=lambda one: -one.value)
 
 
 def _median(values: FloatArray) -> float | None:
     """Of the finite values; None where there are too few."""
     known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) >= FEWEST_MEASURED else None
+    return float(np.median(known)) if len(known) >= min(FEWEST_MEASURED, len(values)) > 0 else None
 
 
-def _measured(evidence: Evidence) -> Iterator[tuple[str, FloatArray]]:
-    """Each layer's matrices together: ‖update‖ over their default norm, at the steps measured."""
-    table = evidence.table
-    assert table is not None and table.update_norm is not None
+def _measured(table: StepTable, evidence: Evidence) -> Iterator[_Layer]:
+    """Each layer's matrices together, at the steps measured."""
+    assert table.update_norm is not None and table.weight_norm is not None
     for layer, members in evidence.layers.items():
         matrices = [place for place in members if _is_matrix(evidence.tensors[place].shape)]
         if matrices:
-            default = math.sqrt(sum(_default_energy(evidence.tensors[place].shape) for place in matrices))
-            yield layer, np.sqrt(np.square(table.update_norm[:, matrices]).sum(axis=1)) / default
+            initial = math.sqrt(sum(_initial_energy(evidence.tensors[place].shape) for place in matrices))
+            updates = np.sqrt(np.square(table.update_norm[:, matrices]).sum(axis=1))
+            weights = np.sqrt(np.square(table.weight_norm[:, matrices]).sum(axis=1))
+            yield _Layer(layer, updates / np.maximum(weights, initial), updates / initial)
 
 
-def _stored(moments: Mapping[str, AdamMoments]) -> list[_Ratio]:
-    """The last update of Adam's, of each layer that holds a matrix."""
-    energies: dict[str, list[float]] = {}
+def _stored(moments: Mapping[str, AdamMoments], parameters: Weights | None) -> Iterator[_Layer]:
+    """The last update of Adam's, of each layer that holds a matrix, as series of one."""
+    stored = zip(parameters.tensors, parameters.spectra, strict=True) if parameters is not None else ()
+    weights = {info.name: spectrum.sum_squares for info, spectrum in stored}
+    energies: dict[str, FloatArray] = {}
     for name, held in moments.items():
         if held.exp_avg is None or held.exp_avg_sq is None or held.step < 1:
             continue
         update = adam_update(held)
         if _is_matrix(update.shape):
-            sums = energies.setdefault(name.rsplit(".", 1)[0], [0.0, 0.0])
-            sums[0] += float(np.square(update).sum())
-            sums[1] += _default_energy(update.shape)
-    ratios = []
-    for layer, (update_energy, default) in energies.items():
-        value = math.sqrt(update_energy / default)
-        said = f"Adam's last update changed {layer} by {number(value)} of default weights"
-        if math.isfinite(value):
-            ratios.append(_Ratio(layer, value, None, said))
-    return ratios
+            initial = _initial_energy(update.shape)
+            sums = energies.setdefault(name.rsplit(".", 1)[0], np.zeros(3))
+            sums += (float(np.square(update).sum()), weights.get(name, initial), initial)
+    for layer, sums in energies.items():
+        update_norm, weight_norm, initial_norm = np.sqrt(sums)
+        of_weights, of_initial = update_norm / max(weight_norm, initial_norm), update_norm / initial_norm
+        yield _Layer(layer, np.array([of_weights]), np.array([of_initial]))
 
 
 def adam_update(held: AdamMoments) -> FloatArray:
@@ -152,8 +173,8 @@ def _is_matrix(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
 
 
-def _default_energy(shape: Sequence[int]) -> float:
-    """‖θ‖² of torch's default initialisation: variance 1/(3·fan_in), so that it is a third of the rows."""
+def _initial_energy(shape: Sequence[int]) -> float:
+    """‖θ‖² as torch initialises by default: variance 1/(3·fan_in) (He et al. 2015), so a third of the rows."""
     return shape[0] / 3.0
 
 
@@ -161,13 +182,15 @@ UPDATE_RATIO = Rule(
     name="update-ratio",
     severity="error",
     about="Steps change a layer too much, as with too high a learning rate (or, with min, too little).",
-    formula="|update| / d of a layer's matrices, d = sqrt(rows / 3) their norm as torch initialises them: max is for "
-    "the largest median of an eighth of the run, the first left out, min for the median of its newest part; of an "
-    "Adam checkpoint |lr * m_hat / (sqrt(v_hat) + eps)| / d",
+    formula="|update| / |weights| of a layer's matrices, the largest median over an eighth of the run (the first left "
+    "out); weights smaller than d count as d = sqrt(rows / 3), their norm as torch initialises them; max-of-initial: "
+    "the same against d; min: the median over the newest part; of an Adam checkpoint its last update, "
+    "lr * m_hat / (sqrt(v_hat) + eps)",
     source="Karpathy's rule of thumb, about 1e-3 of the weights; You et al. 2017 (LARS: trust ratio); Kingma & Ba 2015",
     limits=(
-        Limit("max", 0.07, "largest change of a layer by a step, in weights as torch initialises them"),
-        Limit("min", 0.0, "smallest change of a layer by a step, likewise"),
+        Limit("max", 0.1, "largest share of its weights that a step may change of a layer"),
+        Limit("max-of-initial", 0.07, "the same, of the weights as torch initialises them"),
+        Limit("min", 0.0, "smallest share of its weights that a step may change of a layer"),
     ),
     judge=judge,
 )
