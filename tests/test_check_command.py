@@ -32,6 +32,8 @@ HEALTHY = (
     SAMPLES / "rsl_rl_run",
 )
 NAMES = [rule.name for rule in RULES]
+# Drift is told where there is a baseline.
+TOLD = [name for name in NAMES if name != "drift"]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -110,7 +112,7 @@ def test_a_nan_is_unhealthy(run: Run, healthy: Path, sick: Path) -> None:
 
 def test_every_rule_is_told_once_for_every_source(run: Run, healthy: Path) -> None:
     result = parsed(run(TRACE, CHECKPOINT, healthy, "--format", "json")[1])
-    assert [outcome["rule"] for outcome in result["rules"]] == NAMES * 3
+    assert [outcome["rule"] for outcome in result["rules"]] == TOLD * 3
     assert [source["path"] for source in result["sources"]] == [str(TRACE), str(CHECKPOINT), str(healthy)]
 
 
@@ -290,7 +292,7 @@ def test_every_format_and_a_file_that_is_written_all_the_same(run: Run, sick: Pa
 
     assert written("table").startswith(str(sick))
     assert parsed(written("json"))["schema"] == "gradscope.check/1"
-    assert [row["rule"] for row in csv.DictReader(io.StringIO(written("csv")))] == NAMES
+    assert [row["rule"] for row in csv.DictReader(io.StringIO(written("csv")))] == TOLD
     assert ElementTree.fromstring(written("junit")).tag == "testsuites"
     assert parsed(written("sarif"))["version"] == "2.1.0"
     assert written("github").startswith("::error ")

@@ -38,6 +38,15 @@ def test_a_gradient_that_is_always_clipped_warns() -> None:
     assert CLIP_RATE.severity == "warn"
 
 
+def test_clipping_every_step_warns_however_they_hang_together() -> None:
+    growing = np.linspace(2.0, 3.0, 40)
+    source = RecordedSource(steps_of(growing), limits=1.0)
+    (found,) = judged(CLIP_RATE, source).violations
+    assert (found.value, found.steps) == (1.0, (20, 39))
+    assert "every one of the last 20 steps" in found.message
+    assert not judged(CLIP_RATE, source, max=1.0).violations
+
+
 def test_the_rate_is_that_of_the_newest_part() -> None:
     norms = np.concatenate([np.full(200, 3.0), independent(200, 0.3)])
     verdict = judged(CLIP_RATE, RecordedSource(steps_of(norms, 0.0), limits=1.0))

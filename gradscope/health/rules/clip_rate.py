@@ -7,6 +7,7 @@ from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.notation import percent
 from gradscope.results import RecordedClipping
+from gradscope.selection import FEWEST_FOR_RECENT
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
@@ -30,6 +31,10 @@ def _reading(group: RecordedClipping, name: str | None, limits: Limits) -> tuple
     """The group's rate, and how far its whole interval is beyond a limit (negative: within)."""
     recent, most, least = group.recent, limits.number("max"), limits.number("min")
     subject = f"{name} was" if name else "The gradient was"
+    if recent.clip_rate == 1.0 > most and recent.length >= FEWEST_FOR_RECENT:
+        # No noise makes a share of all there were.
+        said = f"{subject} clipped at every one of the last {recent.length:,} steps: max_norm acts as a learning rate."
+        return Reading(1.0, most, name, recent.steps, said), 1.0 - most
     said = f"{subject} clipped at {percent(recent.clip_rate)} of the last {recent.length:,} steps"
     interval = recent.clip_rate_ci95
     if interval is None:
@@ -41,7 +46,7 @@ def _reading(group: RecordedClipping, name: str | None, limits: Limits) -> tuple
         said += f", less than {percent(least)}: the limit hardly acts."
         return Reading(recent.clip_rate, least, name, recent.steps, said), least - high
     if low > most:
-        said += ": clipped so often, max_norm acts as a learning rate; raise it, or lower the learning rate instead."
+        said += ": clipped so often, max_norm acts as a learning rate."
         return Reading(recent.clip_rate, most, name, recent.steps, said), low - most
     return Reading(recent.clip_rate, most, name, recent.steps, f"{said}."), low - most
 
@@ -51,7 +56,7 @@ CLIP_RATE = Rule(
     severity="warn",
     about="The gradient is clipped at almost every step, or (with min) at almost none.",
     formula="clipped steps / steps over the newest part of the run (half of it, 20 to 1000 steps); the whole 95 % "
-    "Wilson interval, corrected for autocorrelation, must lie beyond the limit",
+    "Wilson interval, corrected for autocorrelation, must lie beyond the limit, or every step be clipped",
     source="Pascanu et al. 2013 (clip by norm); Wilson 1927 and Geyer 1992 (interval)",
     limits=(
         Limit("max", 0.95, "largest share of recent steps that are clipped", most=1.0),
