@@ -72,8 +72,8 @@ def test_other_seeds_pass(runs: int) -> None:
 
 
 CHANGED: dict[str, Factor] = {
-    "one layer": lambda step, layer: 5.0 if layer == 2 else 1.0,
-    "one layer less": lambda step, layer: 0.2 if layer == 2 else 1.0,
+    "one layer": lambda step, layer: 10.0 if layer == 2 else 1.0,
+    "one layer less": lambda step, layer: 0.1 if layer == 2 else 1.0,
     "the second half": lambda step, layer: 40.0 if layer == 2 and step >= 100 else 1.0,
 }
 
@@ -92,9 +92,9 @@ def test_a_layer_that_changed_is_named(name: str, runs: int) -> None:
 
 
 def test_all_layers_together_are_seen_before_any_of_them() -> None:
-    verdict = against(HEALTHY[:1], memory(20, lambda step, layer: 2.3))
+    verdict = against(HEALTHY[:1], memory(20, lambda step, layer: 4.0))
     assert verdict.violations[0].where == "most layers"
-    assert against(HEALTHY[:1], memory(20, lambda step, layer: 2.3), ratio=20.0).violations == ()
+    assert against(HEALTHY[:1], memory(20, lambda step, layer: 4.0), ratio=20.0).violations == ()
 
 
 def test_more_runs_see_smaller_changes() -> None:

@@ -1,4 +1,17 @@
-"""``drift``: layers whose gradients are no longer those of the baseline, beyond what noise and seeds explain."""
+"""``drift``: layers whose gradients are no longer those of the baseline, beyond what noise and seeds explain.
+
+Equal fractions of the runs are compared, so that a trend both went through counts for nothing.  Two seeds truly differ:
+a layer has drifted where the mean of log(run / baseline) exceeds the margin log(ratio) by more than t standard
+deviations, those between seeds and of the noise within the runs together.  The spread between seeds is assumed
+(``seed-spread``, ``update-spread``) for a baseline of one run; further runs take its place, those of all layers pooled
+first, then each layer's own.  The median layer is tested, too, with half the margin: a learning rate moves all layers by
+little.  ``alpha`` is shared by these two families, in each of which Holm's procedure holds the chance of any false alarm.
+
+Measured (``python -m benchmarks.drift_false_alarms``): 0 false alarms among all 924 pairs of 22 seeds each of SB3's PPO
+and a transformer, and in 600 judgements with baselines of three.  The 22 pairs that share no run bound the rate only by
+14.9 % (Wilson, 95 %).  Learning rates 3 and 10 times as high, initial weights times 5 and 0, and LayerNorms left out
+were seen in every judgement, of 4 seeds each.
+"""
 
 from __future__ import annotations
 
@@ -108,8 +121,11 @@ def _not_comparable(run: RunCourses, baseline: Baseline) -> str | None:
 def _changes(run: RunCourses, baseline: Baseline, limits: Limits) -> tuple[list[_Change], list[_Change]]:
     """What is tested: of the typical layer, and of each."""
     everywhere, layers = [], []
-    assumed, margin = math.log(limits.number("seed-spread")) ** 2, math.log(limits.number("ratio"))
+    margin = math.log(limits.number("ratio"))
     for quantity in QUANTITIES:
+        # Adaptive optimizers take the size out of a gradient, which in reinforcement learning goes with the rewards.
+        spread = "update-spread" if quantity in ("update", "update-ratio") else "seed-spread"
+        assumed = math.log(limits.number(spread)) ** 2
         found = {
             name: changes
             for name, layer in run.layers.items()
@@ -305,11 +321,14 @@ DRIFT = Rule(
         "|mean over equal fractions of log(run / baseline)| > log(ratio) + t × √(between seeds² + within runs²); "
         "t by Holm over all layers and quantities"
     ),
-    source="Holm 1979; von Neumann 1941 (noise within runs); Smyth 2004 (moderated variances); measured limits",
+    source="Holm 1979; von Neumann 1941 (noise within runs); Smyth 2004 (moderated variances); limits measured",
     limits=(
         Limit("ratio", 1.5, "smallest factor by which a layer counts as changed; √ratio for most layers together", 1.0),
         Limit("alpha", 0.01, "largest chance that a run that has not changed by more than this fails", 1e-6, 0.5),
-        Limit("seed-spread", 1.1, "factor by which a layer's norm differs between seeds, where one run tells", 1.0),
+        Limit(
+            "seed-spread", 1.25, "factor by which a layer's gradients differ between seeds, where one run tells", 1.0
+        ),
+        Limit("update-spread", 1.1, "factor by which its updates differ between seeds, likewise", 1.0),
         Limit("clip-rate", 0.25, "largest change of the clip rate, beyond its intervals", 0.0, 1.0),
     ),
     judge=judge,
