@@ -351,8 +351,10 @@ def test_a_baseline_of_several_seeds(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "two.json").stat().st_size > 0
 
 
-def test_without_a_baseline_drift_is_skipped(run: Run) -> None:
-    assert statuses(parsed(run(TRACE, "--format", "json")[1]))["drift"] == "skipped"
+def test_without_a_baseline_drift_is_told_only_to_those_who_ask(run: Run) -> None:
+    assert "drift" not in statuses(parsed(run(TRACE, "--format", "json")[1]))
+    asked = run(TRACE, "--format", "json", "--select", "drift", "nonfinite")[1]
+    assert statuses(parsed(asked)) == {"nonfinite": "pass", "drift": "skipped"}
 
 
 def test_the_baseline_of_what_failed_is_said_to_be_one(run: Run, sick: Path, tmp_path: Path) -> None:
