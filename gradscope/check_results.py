@@ -10,6 +10,7 @@ from gradscope.results import Source
 
 Severity: TypeAlias = Literal["error", "warn"]
 RuleStatus: TypeAlias = Literal["pass", "warn", "fail", "skipped"]
+Bound: TypeAlias = Literal["most", "least"]
 
 _TALLIED: tuple[tuple[RuleStatus, str], ...] = (
     ("fail", "failed"),
@@ -25,7 +26,8 @@ class Reading:
 
     ``value`` and ``limit`` are in the unit of the rule; None where the rule is a plain yes or no.  ``where`` names a
     layer, tensor, clip group or optimizer; ``steps`` are the first and the last step concerned, by their index.
-    ``message`` is one sentence that says it all.
+    ``message`` is one sentence that says it all.  ``bound`` says which way the limit holds: all is well with a value at
+    most, or at least, as large.
     """
 
     value: float | None
@@ -33,14 +35,16 @@ class Reading:
     where: str | None
     steps: tuple[int, int] | None
     message: str
+    bound: Bound = "most"
 
 
 @dataclass(frozen=True, slots=True)
 class RuleOutcome:
     """What became of one rule on one source.
 
-    ``value`` to ``message`` are those of its worst violation, else of the reading that came nearest to its limit; of a
-    skipped rule ``message`` says why.  ``violations`` are all, the worst first.  ``path`` is that of the source.
+    ``value`` to ``message``, and ``bound``, are those of its worst violation, else of the reading that came nearest to
+    its limit; of a skipped rule ``message`` says why.  ``violations`` are all, the worst first.  ``path`` is that of
+    the source.
     """
 
     rule: str
@@ -53,6 +57,7 @@ class RuleOutcome:
     message: str
     violations: tuple[Reading, ...]
     path: str
+    bound: Bound = "most"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ def outcome(rule: str, status: RuleStatus, *readings: Reading, path: str = "runs
         message=first.message,
         violations=readings if status in ("fail", "warn") else (),
         path=path,
+        bound=first.bound,
     )
 
 
@@ -88,7 +89,7 @@ def unhealthy() -> Check:
         outcome("exploding", "fail", *EXPLODING),
         outcome("nonfinite", "fail", NONFINITE),
         passed("spike", 3.21, 12.0, "actor.0"),
-        passed("vanishing", 1.2e-3, 1e-7, "critic.0"),
+        outcome("vanishing", "pass", Reading(1.2e-3, 1e-7, "critic.0", (0, 99), "vanishing is well.", "least")),
         passed("dead", 0.0, 0.5),
         skipped("depth-decay", "fewer than 5 layers with matrices"),
         skipped("saturation", "a recording tells its clip rate itself"),

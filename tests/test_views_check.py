@@ -62,10 +62,10 @@ runs/ppo.gradscope: SB3 PPO · 100 updates
 
 ▸ clip-rate warned: max_norm 0.5 clips 93 % of the steps of policy.
 
-  passed         value  limit  where
-  spike           3.21     12  actor.0
-  vanishing    0.00120  1e-07  critic.0
-  dead               0    0.5
+  passed         value    limit  where
+  spike           3.21     ≤ 12  actor.0
+  vanishing    0.00120  ≥ 1e-07  critic.0
+  dead               0    ≤ 0.5
   scaled-clip
 
 Skipped: depth-decay (fewer than 5 layers with matrices); saturation (a
@@ -88,7 +88,7 @@ def test_the_last_line_counts_over_all_sources() -> None:
 def test_every_source_has_its_section() -> None:
     first, second = table(two_sources()).split("runs/b.gradscope: ")
     assert "exploding failed" in first and "exploding failed" not in second
-    assert re.search(r"^  exploding +1.30 +100$", second, re.M)
+    assert re.search(r"^  exploding +1.30 +≤ 100$", second, re.M)
 
 
 def test_a_source_that_was_not_named_is_introduced() -> None:

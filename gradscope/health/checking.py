@@ -104,6 +104,7 @@ def _outcome(rule: Rule, evidence: Evidence, settings: CheckSettings) -> RuleOut
         message=shown.message,
         violations=verdict.violations,
         path=evidence.source.info.path,
+        bound=shown.bound,
     )
 
 

@@ -120,7 +120,7 @@ def _passed_table(outcomes: Sequence[RuleOutcome], choices: ViewChoices) -> Tabl
             (
                 outcome.rule,
                 known(outcome.value, number),
-                known(outcome.limit, _limit),
+                _limit(outcome),
                 shortened(printable(outcome.where or ""), room, "…" if choices.unicode else "~"),
             )
         )
@@ -163,7 +163,7 @@ def _rules_table(outcomes: Sequence[RuleOutcome]) -> Table:
                 outcome.rule,
                 _WORDS[outcome.status],
                 known(outcome.value, number),
-                known(outcome.limit, _limit),
+                _limit(outcome),
                 outcome.where or "",
                 known(outcome.steps, step_range),
             ),
@@ -176,10 +176,13 @@ def _rules_table(outcomes: Sequence[RuleOutcome]) -> Table:
     return Table(columns, rows, caption="The bar is full where the limit is reached." if barred else "")
 
 
-def _limit(value: float) -> str:
-    """As it was typed, unless it was computed."""
-    typed = setting(value)
-    return typed if len(typed) <= _LONGEST_LIMIT else number(value)
+def _limit(outcome: RuleOutcome) -> str:
+    """As it was typed, unless it was computed, and which way it holds."""
+    if outcome.limit is None:
+        return ""
+    typed = setting(outcome.limit)
+    sign = "≤" if outcome.bound == "most" else "≥"
+    return f"{sign} {typed if len(typed) <= _LONGEST_LIMIT else number(outcome.limit)}"
 
 
 def step_range(steps: tuple[int, int]) -> str:

@@ -106,7 +106,7 @@ def _results(check: Check, places: dict[str, int]) -> Iterator[JsonObject]:
 
 
 def _only_reading(outcome: RuleOutcome) -> Reading:
-    return Reading(outcome.value, outcome.limit, outcome.where, outcome.steps, outcome.message)
+    return Reading(outcome.value, outcome.limit, outcome.where, outcome.steps, outcome.message, outcome.bound)
 
 
 def _notifications(check: Check, places: dict[str, int]) -> Iterator[JsonObject]:

@@ -54,7 +54,7 @@ def judge_bad_threshold(evidence: Evidence, limits: Limits) -> Verdict:
         said = "max_norm is infinite: only the norm is wanted."
     else:
         said = "Every threshold is positive." if limit is None else f"max_norm is {setting(limit)}."
-    return Verdict.well(Reading(limit, 0.0, None, None, said))
+    return Verdict.well(Reading(limit, None, None, None, said))
 
 
 def _noticed(evidence: Evidence, rules: tuple[str, ...], well: str) -> Verdict:
@@ -112,7 +112,7 @@ def _stored_thresholds(evidence: Evidence) -> Verdict:
     if bad:
         return Verdict.violated(bad)
     least = min(_known(group.max_norm for group in named))
-    return Verdict.well(Reading(least, 0.0, None, None, f"max_norm is {setting(least)}."))
+    return Verdict.well(Reading(least, None, None, None, f"max_norm is {setting(least)}."))
 
 
 def _known(limits: Iterable[float | None]) -> list[float]:

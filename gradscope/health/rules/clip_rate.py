@@ -44,7 +44,7 @@ def _reading(group: RecordedClipping, name: str | None, limits: Limits) -> tuple
     said += f" (95 % interval {percent(low)} to {percent(high)})"
     if high < least:
         said += f", less than {percent(least)}: the limit hardly acts."
-        return Reading(recent.clip_rate, least, name, recent.steps, said), least - high
+        return Reading(recent.clip_rate, least, name, recent.steps, said, "least"), least - high
     if low > most:
         said += ": clipped so often, max_norm acts as a learning rate."
         return Reading(recent.clip_rate, most, name, recent.steps, said), low - most

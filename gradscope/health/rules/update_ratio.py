@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.check_results import Reading
+from gradscope.check_results import Bound, Reading
 from gradscope.gradients import Weights
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
@@ -75,7 +75,8 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         steps = None if table is None or table.measured is None else evidence.steps_of(table.measured[largest.rows])
         when = "" if steps is None else f" at steps {steps[0]:,} to {steps[1]:,} (median)"
         message = f"{said} {largest.layer} by {percent(largest.value)} of {of}{when}{remedy}."
-        return Reading(largest.value, limits.number(limit), largest.layer, steps, message)
+        bound: Bound = "least" if limit == "min" else "most"
+        return Reading(largest.value, limits.number(limit), largest.layer, steps, message, bound)
 
     of_weights = _largest([(layer.name, layer.of_weights) for layer in layers], parts)
     of_initial = _largest([(layer.name, layer.of_initial) for layer in layers], parts)

@@ -63,7 +63,7 @@ def _absolute(typical: TypicalGradients, layer: TypicalGradient, least: float) -
     message = f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}"
     if layer.norm < least:
         message += ": too small to train it"
-    return _Reading(Reading(layer.norm, least, layer.name, typical.steps, f"{message}."))
+    return _Reading(Reading(layer.norm, least, layer.name, typical.steps, f"{message}.", "least"))
 
 
 def _beside_others(typical: TypicalGradients, layers: Sequence[TypicalGradient], least: float) -> list[_Reading]:
@@ -85,6 +85,7 @@ def _beside_others(typical: TypicalGradients, layers: Sequence[TypicalGradient],
                 typical.steps,
                 f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}: {measure}, "
                 f"{number(size / middle)} times that of the median layer.",
+                "least",
             )
         )
         for layer, size in zip(judged, sizes, strict=True)
