@@ -10,7 +10,7 @@ from benchmarks.health_matrix import judge, rules_that
 from benchmarks.trainings import TRAININGS, train
 
 SEED = 0
-HEALTHY = ["ppo", "transformer", "a2c", "mlp", "residual", "momentum", "convolutional", "lstm", "fp16-scaled"]
+HEALTHY = ["ppo", "transformer", "mlp", "residual", "momentum", "convolutional", "lstm", "fp16-scaled"]
 NAMED_BY = {
     "ppo-lr": "update-ratio",
     "transformer-lr": "update-ratio",

@@ -46,7 +46,13 @@ HEALTHY = (
 )
 
 SICK = (
-    Training("ppo-lr", "PPO, learning rate × 100", reinforcement.ppo_learning_rate, ("update-ratio",)),
+    Training("ppo-lr", "PPO, CartPole, learning rate × 100", reinforcement.ppo_learning_rate, ("update-ratio",)),
+    Training(
+        "ppo-pendulum-lr",
+        "PPO, Pendulum, learning rate × 100",
+        reinforcement.ppo_pendulum_learning_rate,
+        ("update-ratio",),
+    ),
     Training("transformer-lr", "transformer, learning rate × 100", text.transformer_learning_rate, ("update-ratio",)),
     Training("no-normalisation", "50 layers, no normalisation", images.no_normalisation, ("depth-decay", "vanishing")),
     Training("sigmoid", "15 layers of sigmoids", images.sigmoid_stack, ("depth-decay", "vanishing")),

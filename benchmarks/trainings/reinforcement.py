@@ -26,9 +26,14 @@ def ppo_max_norm_zero(seed: int) -> None:
     ppo(seed, 4096, max_grad_norm=0.0)
 
 
-def ppo_pendulum(seed: int) -> None:
+def ppo_pendulum(seed: int, **settings: Any) -> None:
     """PPO on Pendulum: rewards of hundreds, so that the critic's gradient is large."""
-    _learn(stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", seed=seed, device="cpu"), 6144)
+    _learn(stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", seed=seed, device="cpu", **settings), 6144)
+
+
+def ppo_pendulum_learning_rate(seed: int) -> None:
+    """The same at a hundred times its learning rate."""
+    ppo_pendulum(seed, learning_rate=100 * PPO_LEARNING_RATE)
 
 
 def recurrent_ppo(seed: int) -> None:
