@@ -215,10 +215,10 @@ def compare(
 
     Raises GradscopeError for unusable input or options, and for two sources that have nothing in common.
     """
-    from gradscope import comparison
+    from gradscope.comparison import comparing
     from gradscope.sources.opening_pair import open_pair
 
-    return comparison.compare(
+    return comparing.compare(
         *open_pair(a, b, as_=as_, tag=tag),
         policies=policies,
         steps=steps,

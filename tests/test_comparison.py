@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 
 import gradscope
-from gradscope.comparison import compare, rate_difference
+from gradscope.comparison.comparing import compare, rate_difference
+from gradscope.comparison.familiar_ratios import familiar_ratios
+from gradscope.comparison.matched_names import match_tensors
+from gradscope.comparison.spectrum_shapes import Shape, distance
+from gradscope.comparison.unit_comparison import Change, constant_change, holm
 from gradscope.comparison_results import ClipRate, UnitComparison
 from gradscope.differences import difference
 from gradscope.errors import GradscopeError
-from gradscope.familiar_ratios import familiar_ratios
 from gradscope.gradients import GradientSource
 from gradscope.intervals import wilson_interval
-from gradscope.matched_names import match_tensors
 from gradscope.spectrum import MagnitudeSpectrum
-from gradscope.spectrum_shapes import Shape, distance
 from gradscope.tensors import TensorInfo
-from gradscope.unit_comparison import Change, constant_change, holm
 from tests.in_memory_source import Arrays, InMemorySource, NormSource, RecordedSource
 
 LAYERS = ("body.0", "body.2", "head")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gradscope.comparison import compare
+from gradscope.comparison.comparing import compare
 from gradscope.comparison_results import Comparison
 from gradscope.views import VIEWS
 from gradscope.views.choices import ViewChoices

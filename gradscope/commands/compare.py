@@ -88,9 +88,9 @@ def compare(
     destination.refuse_unusable([a, b])
     one, other = open_pair(a, b, as_=as_.value if as_ else None, tag=tag)
     with reading(one, quiet, from_start=False) as progress:
-        from gradscope import comparison
+        from gradscope.comparison import comparing
 
-        result = comparison.compare(
+        result = comparing.compare(
             one,
             other,
             policies=chosen,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gradscope.comparison_findings import MEASURES, bounds, times
+from gradscope.comparison.findings import MEASURES, bounds, times
 from gradscope.comparison_results import Both, ClipComparison, Comparison, UnitComparison
 from gradscope.findings import policy_words, run_words, step_word
 from gradscope.notation import angle, count, number, percent

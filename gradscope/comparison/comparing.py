@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 
 from gradscope import forensics, results
 from gradscope.clipping.policy import Convention, Policy
-from gradscope.comparison_findings import comparison_findings
+from gradscope.comparison.familiar_ratios import EXACT, familiar_ratios
+from gradscope.comparison.findings import comparison_findings
+from gradscope.comparison.matched_names import MatchedTensors, match_tensors
+from gradscope.comparison.spectrum_shapes import Shape
+from gradscope.comparison.unit_comparison import (
+    ROUNDING,
+    Change,
+    Reading,
+    Unit,
+    compare_units,
+    constant_change,
+    follow_each_other,
+)
 from gradscope.comparison_results import (
     Both,
     ClipComparison,
@@ -24,25 +36,13 @@ from gradscope.comparison_results import (
     Verdict,
 )
 from gradscope.errors import GradscopeError
-from gradscope.familiar_ratios import EXACT, familiar_ratios
 from gradscope.gradients import GradientSource, GradientStep, Progress
-from gradscope.matched_names import MatchedTensors, match_tensors
 from gradscope.notation import count
 from gradscope.optimizer_state import OptimizerState
 from gradscope.selection import first_groups, regroup, select_steps
 from gradscope.simulation import NEED_MORE_THAN_NORMS, chosen_policies, simulate
-from gradscope.spectrum_shapes import Shape
 from gradscope.step_table import StepTable, members_of, recorded_run
 from gradscope.tensors import ClipGroup, TensorInfo
-from gradscope.unit_comparison import (
-    ROUNDING,
-    Change,
-    Reading,
-    Unit,
-    compare_units,
-    constant_change,
-    follow_each_other,
-)
 
 FloatArray = NDArray[np.float64]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.comparison.spectrum_shapes import Shape, distance
 from gradscope.comparison_results import Both, Measure, UnitComparison, Verdict
 from gradscope.differences import Difference, difference, student_probability, student_quantile
-from gradscope.spectrum_shapes import Shape, distance
 from gradscope.spread import Spread
 from gradscope.step_table import StepTable
 from gradscope.tensors import TensorInfo
