@@ -423,6 +423,11 @@ def test_a_baseline_never_takes_the_place_of_what_is_read(run: Run, healthy: Pat
         (["--select", ","], "error: --select ,: names no rule"),
         (["--select", "dead", "--ignore", "dead"], "error: rules: select and ignore leave none"),
         (["--fail-on", "never"], "error: --fail-on: "),
+        (["--baseline", ""], "error: --baseline: needs the name of a file"),
+        (["--save-baseline", ""], "error: --save-baseline: needs the name of a file"),
+        (["--save-baseline", os.devnull], f"error: --save-baseline {os.devnull}: is not a regular file"),
+        (["-o", ""], "error: -o: needs the name of a file"),
+        ([""], "error: PATH: is empty"),
         (["--format", "xml"], "error: --format: "),
         (["--baseline", "missing.json"], "error: missing.json: "),
         (["--steps", "x"], "error: --steps x: "),
@@ -447,6 +452,7 @@ def test_a_slip_is_one_line_and_exit_code_2(run: Run, healthy: Path, arguments: 
         ("[tool.gradscope.check\n", "error: {}:1:22: is no TOML: "),
         ("[tool.gradscope.check]\nspke.z = 3\n", "error: {}: spke in [tool.gradscope.check]: is no rule"),
         ("[tool.gradscope.check]\nspike.z = -3\n", "error: {}: spike.z in [tool.gradscope.check]: must be a number"),
+        ("[tool.gradscope.check]\nbaseline = ''\n", "error: {}: baseline in [tool.gradscope.check]: must be the name"),
         ("[tool.gradscope.check]\nselect = ['spke']\n", "error: {}: spke in [tool.gradscope.check]: no such rule"),
     ],
 )  # fmt: skip
@@ -456,6 +462,14 @@ def test_a_slip_in_the_project_is_one_line(run: Run, healthy: Path, tmp_path: Pa
     assert (code, out) == (2, "")
     assert err.startswith(line.format("pyproject.toml"))
     assert len(err.splitlines()) <= 2
+
+
+def test_a_pipe_is_no_baseline(run: Run, healthy: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert run(healthy, "--baseline", pipe)[::2] == (2, f"error: {pipe}: is not a regular file\n")
+    code, _, err = run(healthy, "--save-baseline", pipe)
+    assert (code, err) == (2, f"error: --save-baseline {pipe}: is not a regular file\n") and pipe.is_fifo()
 
 
 @pytest.mark.parametrize("name", ["missing.gradscope", "empty", "text.npz"])

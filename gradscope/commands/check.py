@@ -242,9 +242,13 @@ def _refuse_unusable(save_baseline: str | None, output: str | None, inputs: Sequ
     from gradscope.commands.check_settings import same_file
     from gradscope.commands.overwriting import refuse_overwriting
 
+    if not save_baseline:
+        raise GradscopeError("--save-baseline", "needs the name of a file")
     what = f"--save-baseline {save_baseline}"
     if os.path.isdir(save_baseline):
         raise GradscopeError(what, "is a directory")
+    if os.path.exists(save_baseline) and not os.path.isfile(save_baseline):
+        raise GradscopeError(what, "is not a regular file")
     parent = os.path.dirname(os.path.realpath(save_baseline))
     if not os.path.isdir(parent):
         raise GradscopeError(what, f"there is no directory {parent}")

@@ -25,6 +25,8 @@ def asked_settings(
 
     Raises GradscopeError, which names the option, or the file and its key.
     """
+    if baseline == "":
+        raise GradscopeError("--baseline", "needs the name of a file")
     settings = project_settings()
     if save_baseline is not None and settings.baseline is not None and same_file(save_baseline, settings.baseline):
         # What is about to be written down anew is no measure.

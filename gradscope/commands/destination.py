@@ -44,6 +44,8 @@ class Destination:
             if sys.stdout is None:
                 raise GradscopeError("standard output", "is closed", "-o FILE writes to a file")
             return
+        if not self.file:
+            raise GradscopeError("-o", "needs the name of a file")
         if os.path.isdir(self.file):
             raise GradscopeError(f"-o {self.file}", "is a directory")
         parent = os.path.dirname(os.path.realpath(self.file))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradscope.errors import GradscopeError
 from gradscope.sources import open_source
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def choose_source(
 
     Raises GradscopeError if there is none, or it cannot be read.
     """
+    _refuse_empty(paths)
     read_as: Literal["gradients", "weights"] | None = as_.value if as_ else None
     if paths:
         return _open(paths[0] if len(paths) == 1 else paths, read_as, weights, tag, batch), ""
@@ -55,11 +57,18 @@ def choose_sources(
     if not paths:
         source, opening = choose_source(None, as_, quiet, tag=tag, batch=batch)
         return [source], opening
+    _refuse_empty(paths)
     if batch is not None:
         return [choose_source([path], as_, quiet, tag=tag, batch=batch)[0] for path in paths], ""
     from gradscope.sources.opening_each import open_each
 
     return open_each(paths, as_=as_.value if as_ else None, tag=tag), ""
+
+
+def _refuse_empty(paths: list[str] | None) -> None:
+    """An empty path, as of a variable that is not set, would be the working directory."""
+    if paths and not all(paths):
+        raise GradscopeError("PATH", "is empty")
 
 
 def _open(

@@ -56,6 +56,7 @@ def save_baseline(path: Path, evidences: Sequence[Evidence]) -> None:
     target = os.path.realpath(path)
     temporary = f"{target}.{os.getpid()}.tmp"
     try:
+        _refuse_device(target, path)
         try:
             with open(temporary, "x", encoding="utf-8") as out:
                 out.write(text + "\n")
@@ -73,6 +74,7 @@ def read_baseline(path: Path) -> Baseline:
     Raises GradscopeError where it cannot be read, or is anything else.
     """
     try:
+        _refuse_device(os.fspath(path), path)
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -87,6 +89,12 @@ def read_baseline(path: Path) -> Baseline:
         return Baseline(str(path), _runs(tree))
     except _UnlikeError as error:
         raise GradscopeError(str(path), f"is no baseline: {error}", _HOW) from None
+
+
+def _refuse_device(file: str, path: Path) -> None:
+    """A pipe that nobody writes to would be waited for, and a device replaced.  A directory fails by itself."""
+    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+        raise GradscopeError(str(path), "is not a regular file")
 
 
 _HOW = "make one: gradscope check RUN.gradscope --save-baseline FILE"

@@ -144,6 +144,8 @@ def _from_table(table: Mapping[str, Any], directory: Path) -> CheckSettings:
         for name, given in value.items():
             settings = settings.with_rule(f"{key}.{name}", given)
     baseline = _of_kind(table, "baseline", str)
+    if baseline == "":
+        raise GradscopeError("baseline", "must be the name of a file")
     return settings.with_choice(
         select=_names(table, "select"),
         ignore=_names(table, "ignore") or (),
