@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from gradscope.notation import setting
+from gradscope.notation import number, setting
 from gradscope.trace.schema import LintFinding
 
 NAMES_SHOWN = 3
@@ -73,7 +73,7 @@ class ClipLint:
 
     def scaled(self, where: str, scale: float, limit: float | None, step: int, group: str | None) -> None:
         """A clip call on gradients that a GradScaler has not unscaled."""
-        in_force = "" if limit is None else f"; max_norm {setting(limit)} was in fact {setting(limit / scale)}"
+        in_force = "" if limit is None else f"; max_norm {setting(limit)} was in fact {number(limit / scale)}"
         self._note(
             "scaled-clip",
             step,

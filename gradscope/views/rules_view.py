@@ -52,4 +52,4 @@ def _section(rule: RuleText) -> Iterator[str]:
 
 
 def _value(limit: LimitInForce) -> str:
-    return setting(limit.value) if not isinstance(limit.value, str) else limit.value or "none"
+    return setting(limit.value) if not isinstance(limit.value, str) else limit.value or '""'

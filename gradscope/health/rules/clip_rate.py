@@ -39,7 +39,7 @@ def _reading(group: RecordedClipping, name: str | None, limits: Limits) -> tuple
     interval = recent.clip_rate_ci95
     if interval is None:
         said += f"; {recent.effective_steps:.0f} independent steps are too few to tell how often it is in the long run."
-        return Reading(recent.clip_rate, most, name, recent.steps, said), -1.0
+        return Reading(recent.clip_rate if recent.clip_rate <= most else None, most, name, recent.steps, said), -1.0
     low, high = interval
     said += f" (95 % interval {percent(low)} to {percent(high)})"
     if high < least:
@@ -48,7 +48,9 @@ def _reading(group: RecordedClipping, name: str | None, limits: Limits) -> tuple
     if low > most:
         said += ": clipped so often, max_norm acts as a learning rate."
         return Reading(recent.clip_rate, most, name, recent.steps, said), low - most
-    return Reading(recent.clip_rate, most, name, recent.steps, f"{said}."), low - most
+    # What is told of a pass is what was held against the limit: the end of the interval, where the rate is beyond it.
+    value = low if recent.clip_rate > most else recent.clip_rate
+    return Reading(value, most, name, recent.steps, f"{said}."), low - most
 
 
 CLIP_RATE = Rule(

@@ -151,7 +151,7 @@ UNDERFLOW = Rule(
             "the format to judge; empty: the one that the run computed in",
             choices=("", *SMALLEST),
         ),
-        Limit("loss-scale", 1.0, "the factor to judge the format with", least=2.0**-100, most=2.0**100),
+        Limit("loss-scale", 1.0, "the factor to judge the format with", least=1e-30, most=1e30),
     ),
     judge=judge,
 )

@@ -19,7 +19,7 @@ from gradscope.check_results import Bound, Reading
 from gradscope.gradients import Weights
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
-from gradscope.notation import percent
+from gradscope.notation import number, percent
 from gradscope.optimizer_state import AdamMoments
 from gradscope.selection import recent_part
 from gradscope.step_table import StepTable
@@ -74,7 +74,9 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     def reading(largest: _Largest, limit: str, of: str, remedy: str) -> Reading:
         steps = None if table is None or table.measured is None else evidence.steps_of(table.measured[largest.rows])
         when = "" if steps is None else f" at steps {steps[0]:,} to {steps[1]:,} (median)"
-        message = f"{said} {largest.layer} by {percent(largest.value)} of {of}{when}{remedy}."
+        how_much = percent(largest.value) if largest.value <= 1.0 else f"{number(largest.value)} times"
+        of_what = f"of {of}" if largest.value <= 1.0 else of
+        message = f"{said} layer {largest.layer} by {how_much} {of_what}{when}{remedy}."
         bound: Bound = "least" if limit == "min" else "most"
         return Reading(largest.value, limits.number(limit), largest.layer, steps, message, bound)
 
