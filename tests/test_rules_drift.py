@@ -146,7 +146,7 @@ def test_a_learning_rate_shows_in_the_updates() -> None:
 
 def test_another_max_norm_and_another_clip_rate_are_said() -> None:
     verdict = against([recorded(0, limits=0.5)], recorded(1, limits=50.0))
-    assert verdict.violations[0].message == ("max_norm of all is 50; in the baseline it is 0.5.")
+    assert verdict.violations[0].message == ("max_norm is 50; in the baseline it is 0.5.")
     assert "clips" in verdict.violations[1].message
     assert against([recorded(0, limits=0.5)], recorded(1, limits=0.5)).violations == ()
 

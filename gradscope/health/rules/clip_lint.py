@@ -127,7 +127,8 @@ def _bad(name: str, limit: float, group: str, steps: tuple[int, int] | None) -> 
     else:
         effect = "it turns every gradient around" if name == "max_norm" else "every element becomes the same number"
     when = "" if steps is None else f" from step {steps[0]:,} on" if steps[0] != steps[1] else f" at step {steps[0]:,}"
-    return Reading(limit, 0.0, group, steps, f"{name} of {group} is {setting(limit)}{when}: {effect}.")
+    of_group = "" if group == "all" else f" of {group}"
+    return Reading(limit, 0.0, group, steps, f"{name}{of_group} is {setting(limit)}{when}: {effect}.")
 
 
 COVERAGE = Rule(

@@ -42,7 +42,8 @@ def _in_force(evidence: Evidence, most: float) -> Verdict:
         if group.clip_value is not None and group.clip_value > 0.0:
             by_value.setdefault(group.clip_value, []).append(group.name)
         elif group.max_norm is not None:
-            said = f"max_norm shortens {group.name} and keeps its direction."
+            gradient = "the gradient" if group.name == "all" else f"the gradient of {group.name}"
+            said = f"max_norm shortens {gradient} and keeps its direction."
             readings.append(Reading(0.0, most, group.name, None, said))
     for value, groups in by_value.items():
         try:

@@ -284,7 +284,8 @@ def _clipping(evidence: Evidence, run: RunCourses, baseline: Baseline, limits: L
         usual = {other.clipping.max_norms.get(group) for other in baseline.runs} - {None}
         if usual and max_norm not in usual:
             was = " or ".join(setting(value) for value in usual if value is not None)
-            message = f"max_norm of {printable(group)} is {setting(max_norm)}; in the baseline it is {was}."
+            of_group = "" if group == "all" else f" of {printable(group)}"
+            message = f"max_norm{of_group} is {setting(max_norm)}; in the baseline it is {was}."
             found.append(_said(evidence, group, message))
     rate, most = run.clipping.rate, limits.number("clip-rate")
     rates = [other.clipping.rate for other in baseline.runs if other.clipping.rate is not None]
