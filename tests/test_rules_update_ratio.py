@@ -100,9 +100,30 @@ def test_weights_that_start_at_zero_are_no_alarm(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_hardly_learns_fails_only_where_min_is_set(tmp_path: Path) -> None:
-    path = Followed(tmp_path, network(), 1e-12).path
+    path = Followed(tmp_path, network(), 1e-7).path
     assert judged(UPDATE_RATIO, path).nearest is not None
-    assert "hardly learns" in judged(UPDATE_RATIO, path, min=1e-9).violations[0].message
+    assert "hardly learns" in judged(UPDATE_RATIO, path, min=1e-4).violations[0].message
+
+
+def test_a_learning_rate_of_zero_fails(tmp_path: Path) -> None:
+    (violation,) = judged(UPDATE_RATIO, Followed(tmp_path, network(), 0.0).path).violations
+    assert violation.steps == (60, 110)
+    assert "changed no layer at all: a learning rate of zero" in violation.message
+
+
+def test_steps_that_were_not_to_change_anything_are_no_fault_of_the_learning_rate() -> None:
+    arrays = {"a.weight": np.ones((3, 4)), "b.weight": np.ones((3, 4))}
+    nothing = {"a.weight": (1.0, 0.0), "b.weight": (1.0, 0.0)}
+    assert judged(UPDATE_RATIO, RecordedSource([arrays] * 60, updates=nothing)).violations
+    one_kept = {**nothing, "b.weight": (1.0, 1e-9)}
+    zeros = {name: np.zeros((3, 4)) for name in arrays}
+    for source in (
+        RecordedSource([arrays] * 60, updates=one_kept),
+        RecordedSource([arrays] * 60, updates=nothing, limits=0.0),
+        RecordedSource([arrays] * 60, updates=nothing, stepped=0),
+        RecordedSource([zeros] * 60, updates=nothing),
+    ):
+        assert judged(UPDATE_RATIO, source).nearest is not None
 
 
 def recorded(updates: dict[str, tuple[float, float]], steps: int, every: int = 10) -> RecordedSource:

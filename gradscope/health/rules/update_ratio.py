@@ -97,6 +97,8 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         reading(one, "min", ITS_WEIGHTS, ": it hardly learns") for one in recent if one.value < limits.number("min")
     ]
     beyond += reversed(slow)
+    if (idle := _idle(evidence, layers, newest)) is not None:
+        beyond.append(idle)
     return Verdict.violated(beyond) if beyond else Verdict.well(reading(of_weights[0], "max", ITS_WEIGHTS, ""))
 
 
@@ -104,6 +106,32 @@ def _parts(measured: int) -> list[IntArray]:
     """The parts of a run but its first, in which any layer may change much."""
     parts = min(MOST_PARTS, measured // FEWEST_MEASURED)
     return np.array_split(np.arange(measured), parts)[1:] if parts >= 2 else []
+
+
+def _idle(evidence: Evidence, layers: Sequence[_Layer], newest: IntArray) -> Reading | None:
+    """Steps that all had a gradient and of which none changed anything; None where one did.
+
+    One layer alone may be kept as it is on purpose.
+    """
+    table = evidence.table
+    if table is None or table.measured is None or table.history is None:
+        return None
+    judged = table.measured[newest]
+    joint = table.norms(range(len(evidence.tensors)))[judged]
+    # A gradient that is clipped to nothing is another fault.
+    to_nothing = (table.history.max_norm[judged] <= 0.0).any(axis=1)
+    stepped = (table.history.stepped[judged] == 1).any(axis=1)
+    rows = newest[np.isfinite(joint) & (joint > 0.0) & stepped & ~to_nothing]
+    updates = np.array([layer.of_initial[rows] for layer in layers])
+    if len(rows) < FEWEST_MEASURED or not (updates == 0.0).any(axis=0).all() or np.nanmax(updates) > 0.0:
+        return None
+    steps = evidence.steps_of(table.measured[rows])
+    assert steps is not None
+    message = (
+        f"Steps {steps[0]:,} to {steps[1]:,} had gradients and changed no layer at all: a learning rate of zero, or "
+        "one too small for the number format of the weights."
+    )
+    return Reading(None, None, None, steps, message)
 
 
 def _newest(table: StepTable) -> IntArray:
@@ -184,11 +212,11 @@ def _initial_energy(shape: Sequence[int]) -> float:
 UPDATE_RATIO = Rule(
     name="update-ratio",
     severity="error",
-    about="Steps change a layer too much, as with too high a learning rate (or, with min, too little).",
+    about="Steps change a layer too much, as with too high a learning rate (or nothing at all; with min, too little).",
     formula="|update| / |weights| of a layer's matrices, the largest median over an eighth of the run (the first left "
     "out); weights smaller than d count as d = sqrt(rows / 3), their norm as torch initialises them; max-of-initial: "
-    "the same against d; min: the median over the newest part; of an Adam checkpoint its last update, "
-    "lr * m_hat / (sqrt(v_hat) + eps)",
+    "the same against d; min: the median over the newest part, and whether any of its steps changed anything; of an "
+    "Adam checkpoint its last update, lr * m_hat / (sqrt(v_hat) + eps)",
     source="Karpathy's rule of thumb, about 1e-3 of the weights; You et al. 2017 (LARS: trust ratio); Kingma & Ba 2015",
     limits=(
         Limit("max", 0.1, "largest share of its weights that a step may change of a layer"),
