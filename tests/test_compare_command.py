@@ -142,4 +142,4 @@ def test_what_cannot_be_chosen_from_is_refused(run: Run) -> None:
     assert "holds no gradient steps" in err
     code, out, _ = run("compare", checkpoint, checkpoint, "--max-norm", "0.5")
     assert code == 0
-    assert "norm:0.5 is not compared" in " ".join(out.split())
+    assert "max_norm 0.5 is not compared" in " ".join(out.split())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import gradscope
 from gradscope.comparison.comparing import compare, rate_difference
 from gradscope.comparison.familiar_ratios import familiar_ratios
+from gradscope.comparison.findings import bounds
 from gradscope.comparison.matched_names import match_tensors
 from gradscope.comparison.spectrum_shapes import Shape, distance
 from gradscope.comparison.unit_comparison import Change, constant_change, holm
@@ -412,7 +413,7 @@ def test_a_norm_log_meets_a_run_in_the_global_norm(tmp_path: Path) -> None:
     assert comparison.overall.ratio == pytest.approx(1.0)
     assert comparison.findings[0] == "Identical, as far as norms tell: they are the same at all 60 steps."
     assert [clip.policy for clip in comparison.policies] == ["norm:20"]
-    assert any("value:1 is not compared" in note for note in comparison.notes)
+    assert any("clip_value 1 is not compared" in note for note in comparison.notes)
     assert any("knows no layers" in note for note in comparison.notes)
 
 
@@ -421,3 +422,74 @@ def test_the_steps_of_both_are_picked() -> None:
     assert (comparison.steps.a, comparison.steps.b) == (20, 20)
     groups = compare(InMemorySource(steps_of(1)), InMemorySource(steps_of(2)), groups={"end": "head*"}).groups
     assert {unit.name for unit in groups} == {"end", "rest"}
+
+
+def autoregression(random: np.random.Generator, n: int, phi: float) -> NDArray[np.float64]:
+    values = np.zeros(n + 200)
+    for i, new in enumerate(random.standard_normal(n + 199)):
+        values[i + 1] = phi * values[i] + 0.3 * new
+    return values[200:]
+
+
+@pytest.mark.parametrize(("n", "phi", "most"), [(5, 0.9, 0.0), (12, 0.5, 0.0), (20, 0.5, 0.1), (200, 0.9, 0.06)])
+def test_runs_of_one_distribution_seldom_differ(n: int, phi: float, most: float) -> None:
+    random = np.random.default_rng(7)
+    found = [Change(difference(*(autoregression(random, n, phi) for _ in "ab"))).probability for _ in range(200)]
+    assert np.mean(np.array(found) <= 0.05) <= most
+
+
+@pytest.mark.parametrize("n", [1, 3, 12])
+def test_too_few_steps_are_said_to_be_too_few(n: int) -> None:
+    for few, others in ((n, 60), (60, n), (n, n)):
+        comparison = compare(
+            InMemorySource(steps_of(1, n=few, zeros=0.1)), InMemorySource(steps_of(2, n=others, head=2.0, zeros=0.2))
+        )
+        assert comparison.verdict == "unknown"
+        assert {unit.ratio_ci95 for unit in comparison.layers} == {None}
+        assert "; too few independent steps to tell whether that is noise." in comparison.findings[0]
+
+
+def test_an_interval_that_says_nothing_is_not_told() -> None:
+    random = np.random.default_rng(3)
+    drift = np.exp(np.cumsum(random.normal(0, 0.4, (80, 2)), axis=0))
+    comparison = compare(NormSource(drift), NormSource(np.exp(np.cumsum(random.normal(0, 0.4, (80, 2)), axis=0))))
+    for unit in comparison.layers:
+        assert unit.ratio_ci95 is None or unit.ratio_ci95[1] <= 100.0 * unit.ratio_ci95[0] or unit.verdict == "differs"
+    assert any(unit.verdict == "unknown" and unit.ratio_ci95 is None for unit in comparison.layers)
+
+
+def test_a_loss_scale_is_named_across_seeds() -> None:
+    random = np.random.default_rng(0)
+    a, b = np.exp(random.normal(0, 0.05, (2, 400, 3)))
+    comparison = compare(NormSource(a), NormSource(b * 1024.0 * 1.03))
+    constant = comparison.constant_ratio
+    assert constant is not None and not constant.exact
+    assert "a loss scale of 1,024" in constant.explanations[0]
+
+
+def test_seeds_are_spoken_of_where_they_may_be_what_differs() -> None:
+    differing = compare(InMemorySource(steps_of(1)), InMemorySource(steps_of(3, head=4.0)))
+    exact = compare(InMemorySource(steps_of(1)), InMemorySource(steps_of(1, scale=4.0)))
+    assert [any("Two seeds" in note for note in comparison.notes) for comparison in (differing, exact)] == [True, False]
+
+
+def test_equal_clip_rates_are_no_matter_of_noise() -> None:
+    comparison = compare(
+        RecordedSource(steps_of(1), limits=20.0), RecordedSource(steps_of(1), limits=20.0), policies=["norm:0.001"]
+    )
+    assert "max_norm 0.001 would clip 100 % of both." in comparison.findings
+    other = compare(RecordedSource(steps_of(1), limits=0.01), RecordedSource(steps_of(2), limits=0.02))
+    assert "Both clipped 100 % of their updates: A at max_norm 0.01, B at max_norm 0.02." in other.findings
+
+
+def test_nothing_is_said_to_differ_within_noise() -> None:
+    comparison = compare(InMemorySource(steps_of(1)), InMemorySource(steps_of(3)))
+    assert comparison.findings[0].startswith("The global norm does not differ beyond noise: ")
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [((0.897, 1.0041), "0.897 to 1.004"), ((0.99971, 1.0004), "0.9997 to 1.0004"), ((1.0, 1.0), "1.00000 to 1.00000")],
+)
+def test_the_ends_of_an_interval_are_told_apart(interval: tuple[float, float], text: str) -> None:
+    assert bounds(interval) == text

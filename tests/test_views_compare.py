@@ -41,7 +41,7 @@ def test_every_number_of_the_table_is_the_result_s(differing: Comparison) -> Non
     cells = [cell.strip() for cell in row.split("|")]
     assert float(cells[4].removesuffix("×")) == pytest.approx(head.ratio, rel=5e-3)
     assert head.ratio_ci95 is not None
-    assert float(cells[5].split(" to ")[0]) == pytest.approx(head.ratio_ci95[0], rel=5e-3)
+    assert float(cells[5].split("–")[0]) == pytest.approx(head.ratio_ci95[0], rel=5e-3)
     assert "| recorded" not in text and "| as recorded |" in text
 
 

@@ -36,6 +36,7 @@ from gradscope.comparison_results import (
     Verdict,
 )
 from gradscope.errors import GradscopeError
+from gradscope.findings import policy_words
 from gradscope.gradients import GradientSource, GradientStep, Progress
 from gradscope.notation import count
 from gradscope.optimizer_state import OptimizerState
@@ -51,6 +52,8 @@ SCHEMA = "gradscope.compare/1"
 MOST_SAMPLED = 64
 # A common ratio that is known less well than this is no particular number.
 WIDEST_CONSTANT = 1.25
+# Seeds take a ratio that far from a power of two; other numbers lie too close together to be told apart so.
+SEEDS = 1.05
 # Of the ratios of single steps and tensors, so many must be the same.
 NEARLY_ALL = 0.99
 
@@ -90,11 +93,12 @@ def compare(
         kind: compare_units(one.reading, other.reading, units, measure, paired)
         for kind, units in _units(one, other, matched).items()
     }
-    told = [unit for units, _ in divided.values() for unit in units] or overall
+    every = [unit for units, _ in divided.values() for unit in units]
+    told = divided["layers"][0] or divided["tensors"][0]
     comparison = Comparison(
         schema=SCHEMA,
         sources=Both(*(results.Source(**asdict(source.info)) for source in (a, b))),
-        verdict=_verdict(one, other, matched, overall[0], told),
+        verdict=_verdict(one, other, matched, [*overall, *every], [*overall, *told]),
         findings=(),
         notes=(),
         measure=measure,
@@ -346,14 +350,15 @@ def _nonfinite(side: _Side) -> int:
 
 
 def _verdict(
-    a: _Side, b: _Side, matched: MatchedTensors, overall: UnitComparison, told: Sequence[UnitComparison]
+    a: _Side, b: _Side, matched: MatchedTensors, every: Sequence[UnitComparison], told: Sequence[UnitComparison]
 ) -> Verdict:
-    verdicts = [overall.verdict, *(unit.verdict for unit in told)]
-    if set(verdicts) == {"identical"} and not (matched.only_a or matched.only_b or matched.reshaped):
+    """Of the whole and what the sentences tell of, so that clip groups and tensors are no further chances of error."""
+    verdicts = [unit.verdict for unit in told]
+    if {unit.verdict for unit in every} == {"identical"} and not (matched.only_a or matched.only_b or matched.reshaped):
         return "identical" if _same_weights(a, b, matched) else "differs"
     if "differs" in verdicts or any(unit.zeros_differ or unit.shape_differs for unit in told):
         return "differs"
-    return "within noise" if "within noise" in verdicts else "unknown"
+    return "unknown" if told[0].verdict == "unknown" else "within noise"
 
 
 def _same_weights(a: _Side, b: _Side, matched: MatchedTensors) -> bool:
@@ -389,7 +394,11 @@ def _constant(
     if not all(unit.verdict == "differs" for unit in units):
         return None
     ratio, low, high = (math.exp(change) for change in common)
-    return ConstantRatio(ratio, False, (low, high), familiar_ratios(ratio, low, high, ranks))
+    explanations = familiar_ratios(ratio, low, high, ranks)
+    power = 2.0 ** round(math.log2(ratio))
+    if not explanations and power != 1.0 and abs(math.log(ratio / power)) <= math.log(SEEDS):
+        explanations = familiar_ratios(power, power, power, ranks, exact=True)
+    return ConstantRatio(ratio, False, (low, high), explanations)
 
 
 def _exact_ratio(a: _Side, b: _Side, matched: MatchedTensors, measure: Measure) -> float | None:
@@ -533,15 +542,25 @@ def _unanswered(side: _Side, policy: Policy) -> str | None:
 
 def _notes(a: _Side, b: _Side, comparison: Comparison, policies: Sequence[Policy]) -> tuple[str, ...]:
     notes = [
-        f"{policy.label} is not compared: {why}."
+        f"{policy_words(policy.label)} is not compared: {why}."
         for policy in policies
         if (why := _unanswered(a, policy) or _unanswered(b, policy))
     ]
     notes += _measure_notes(a, b, comparison)
     notes += _step_notes(a, b)
+    if comparison.measure == "norm" and comparison.verdict == "differs" and _may_be_seeds(comparison):
+        notes.append(
+            "Noise is that within each run. Two seeds of one training differ by more: a third of such pairs have "
+            "global norms that differ beyond it. check --baseline, of several seeds, knows how far seeds differ."
+        )
     for letter, side in (("A", a), ("B", b)):
         notes += [f"{letter}: {note}" for note in side.source.notes]
     return tuple(dict.fromkeys(notes))
+
+
+def _may_be_seeds(comparison: Comparison) -> bool:
+    """Whether the runs are other than the same run, changed in one thing."""
+    return not comparison.paired and (comparison.constant_ratio is None or not comparison.constant_ratio.exact)
 
 
 def _measure_notes(a: _Side, b: _Side, comparison: Comparison) -> list[str]:
@@ -578,6 +597,6 @@ def _step_notes(a: _Side, b: _Side) -> list[str]:
     if max(spans) <= 1.1 * min(spans):
         return []
     return [
-        f"A spans {count(spans[0])} steps and B {count(spans[1])}: equal fractions of the two runs are compared. "
-        "--steps picks the same steps of both."
+        f"A spans {count(spans[0])} step{'s' * (spans[0] > 1)} and B {count(spans[1])}: equal fractions of the two "
+        "runs are compared, and may differ for that alone. --steps picks the same steps of both."
     ]

@@ -19,7 +19,7 @@ def comparison_findings(comparison: Comparison) -> tuple[str, ...]:
 def ratio_words(unit: UnitComparison) -> str:
     """``2.10× (1.93 to 2.31)``: the ratio, with its interval where one is known."""
     if unit.ratio is None:
-        return "zero in A" if not unit.typical.a else "zero in B"
+        return f"zero in {'B' if unit.typical.a else 'A'}{' and B' if not (unit.typical.a or unit.typical.b) else ''}"
     if unit.ratio_ci95 is None or unit.ratio_ci95[0] == unit.ratio_ci95[1]:
         return times(unit.ratio)
     return f"{times(unit.ratio)} ({bounds(unit.ratio_ci95)})"
@@ -30,9 +30,18 @@ def times(ratio: float) -> str:
     return f"{number(ratio)}×"
 
 
-def bounds(interval: tuple[float, float]) -> str:
-    """An interval: ``1.93 to 2.31``."""
-    return f"{number(interval[0])} to {number(interval[1])}"
+def bounds(interval: tuple[float, float], between: str = " to ") -> str:
+    """An interval: ``1.93 to 2.31``, with as many digits as tell its ends from each other and from 1."""
+    low, high = (_end(bound) for bound in interval)
+    if low == high:
+        low, high = (number(bound, 6) for bound in interval)
+    return f"{low}{between}{high}"
+
+
+def _end(bound: float) -> str:
+    """With as few digits as tell it from 1, from three to six."""
+    told = [number(bound, digits) for digits in range(3, 7)]
+    return next((text for text in told if float(text.replace(",", "")) != 1.0), told[0])
 
 
 def units_of(comparison: Comparison) -> tuple[str, tuple[UnitComparison, ...]]:
@@ -117,8 +126,10 @@ def _sizes(comparison: Comparison) -> Iterator[str]:
     sizes = f"{number(typical.a or 0.0)} in A, {number(typical.b or 0.0)} in B"
     if overall.verdict == "identical":
         yield f"The {what} is the same: {number(typical.a or 0.0)}."
+    elif overall.ratio is None:
+        yield f"The {what} is {sizes}."
     elif overall.verdict == "within noise":
-        yield f"The {what} differs within noise: {sizes}, {ratio_words(overall)}."
+        yield f"The {what} does not differ beyond noise: {sizes}, {ratio_words(overall)}."
     elif overall.verdict == "differs":
         yield f"The {what} differs beyond noise: {sizes}, {ratio_words(overall)}."
     else:
@@ -129,7 +140,7 @@ def _sizes(comparison: Comparison) -> Iterator[str]:
 def _why_unknown(comparison: Comparison) -> str:
     if comparison.measure != "norm":
         return ""
-    return "; with so few steps nothing tells how much of that is noise"
+    return "; too few independent steps to tell whether that is noise"
 
 
 def _units(comparison: Comparison) -> Iterator[str]:
@@ -140,26 +151,36 @@ def _units(comparison: Comparison) -> Iterator[str]:
     differ = [unit for unit in units if unit.verdict == "differs"]
     known = [unit for unit in units if unit.verdict != "unknown"]
     if differ:
-        most = f"{differ[0].name}: {ratio_words(differ[0])}"
+        most = f"{called(differ[0].name, one)}: {ratio_words(differ[0])}"
         if len(differ) == 1:
             yield f"1 of {count(len(units))} {kind} differs beyond noise, {most}."
         else:
-            all_of = "All" if len(differ) == len(units) else f"{count(len(differ))} of"
-            yield f"{all_of} {count(len(units))} {kind} differ beyond noise, most {most}."
+            of = f"{count(len(differ))} of {count(len(units))}"
+            which = of if len(differ) < len(units) else f"All {count(len(units))}" if len(units) > 2 else "Both"
+            yield f"{which} {kind} differ beyond noise, most {most}."
     elif known and all(unit.verdict == "identical" for unit in units):
         yield f"All {count(len(units))} {kind} are the same."
     elif known:
-        yield f"None of {count(len(units))} {kind} differs beyond noise."
+        yield f"None of {count(len(known))} {kind} differs beyond noise{_not_told(len(units) - len(known))}."
     else:
         told = [unit for unit in units if unit.ratio is not None]
         if told:
-            yield f"The {one} that differs most is {told[0].name}: {ratio_words(told[0])}."
+            yield f"The {one} that differs most is {called(told[0].name, one)}: {ratio_words(told[0])}."
+
+
+def _not_told(others: int) -> str:
+    return f"; of {count(others)} more too few independent steps tell" if others else ""
+
+
+def called(name: str, kind: str = "layer") -> str:
+    """A name in a sentence: ``layer 4``, where it might be taken for a number."""
+    return f"{kind} {name}" if name[:1].isdigit() else name
 
 
 def _only(comparison: Comparison) -> Iterator[str]:
     for letter, held in (("A", comparison.only.a), ("B", comparison.only.b)):
         if held:
-            layers = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in held))
+            layers = list(dict.fromkeys(called(name.rsplit(".", 1)[0]) for name in held))
             tensors = f"{count(len(held))} tensor{'s' * (len(held) > 1)}"
             yield f"Only {letter} has {tensors}, in {names(layers)}: not compared."
 
@@ -180,6 +201,10 @@ def _recorded(clip: ClipComparison) -> str:
         for rate, limit in zip((clip.rate.a, clip.rate.b), limits, strict=True)
     ]
     of = "gradients" if whose else "updates"
+    if clip.rate.a.clip_rate == clip.rate.b.clip_rate:
+        at = f" at {limits[0]}" if limits[0] else ""
+        at = at if same else f": A at {limits[0] or 'no fixed limit'}, B at {limits[1] or 'no fixed limit'}"
+        return f"Both clipped {percent(clip.rate.a.clip_rate)} of their{whose} {of}{at}."
     at = f" at {limits[0]}" if same and limits[0] else ""
     return f"A clipped {told[0]} of its{whose} {of}{at}, B {told[1]}{_apart(clip)}."
 
@@ -191,10 +216,9 @@ def _limit(max_norm: float | None, clip_value: float | None) -> str:
 
 def _simulated(clip: ClipComparison) -> str:
     drops = "drop" if (clip.policy or "").startswith("skip:") else "clip"
-    said = (
-        f"{policy_words(clip.policy or '')} would {drops} {percent(clip.rate.a.clip_rate)} of A and "
-        f"{percent(clip.rate.b.clip_rate)} of B{_apart(clip)}"
-    )
+    mine, theirs = clip.rate.a.clip_rate, clip.rate.b.clip_rate
+    shares = f"{percent(mine)} of both" if mine == theirs else f"{percent(mine)} of A and {percent(theirs)} of B"
+    said = f"{policy_words(clip.policy or '')} would {drops} {shares}{'' if mine == theirs else _apart(clip)}"
     turned = clip.direction_change_deg
     if turned is not None and turned.a is not None and turned.b is not None and max(turned.a, turned.b) > 1e-6:
         said += f"; the median direction change is {angle(turned.a)} and {angle(turned.b)}"
@@ -203,8 +227,8 @@ def _simulated(clip: ClipComparison) -> str:
 
 def _apart(clip: ClipComparison) -> str:
     if clip.differs is None:
-        return " (too few independent steps to tell these apart)"
-    return ": these differ" if clip.differs else ": within noise"
+        return " (too few independent steps for an interval)"
+    return ": these differ" if clip.differs else ": no difference beyond noise"
 
 
 def _zeros(comparison: Comparison) -> Iterator[str]:
@@ -214,7 +238,7 @@ def _zeros(comparison: Comparison) -> Iterator[str]:
         assert most.zeros is not None
         others = "" if len(differ) == 1 else f" (and {count(len(differ) - 1)} more)"
         yield (
-            f"Zeros differ in {most.name}{others}: {percent(most.zeros.a)} of its elements in A, "
+            f"Zeros differ in {called(most.name)}{others}: {percent(most.zeros.a)} of its elements in A, "
             f"{percent(most.zeros.b)} in B."
         )
 
@@ -225,8 +249,9 @@ def _shapes(comparison: Comparison) -> Iterator[str]:
         most = max(differ, key=lambda unit: unit.shape_distance or 0.0)
         layers = "1 layer" if len(differ) == 1 else f"{count(len(differ))} layers"
         yield (
-            f"Magnitudes spread otherwise in {layers}, most in {most.name}: {number(most.shape_distance or 0.0, 2)} "
-            f"octaves apart, where halves of one run are {number(most.shape_noise or 0.0, 2)} apart."
+            f"Magnitudes spread otherwise in {layers}, most in {called(most.name)}: "
+            f"{number(most.shape_distance or 0.0, 2)} octaves apart, where halves of one run are "
+            f"{number(most.shape_noise or 0.0, 2)} apart."
         )
 
 

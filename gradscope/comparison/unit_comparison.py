@@ -20,6 +20,12 @@ FloatArray = NDArray[np.float64]
 
 # At this level over all units of a kind together a unit is said to differ (Holm 1979).
 LEVEL = 0.05
+# Of fewer parts of the runs nobody can tell how long they hang together: of 12 steps of a first-order autoregression
+# (0.9), 29 % of pairs would differ.  Nor is an error known with fewer degrees of freedom.
+FEWEST_PARTS = 16
+FEWEST_FREEDOM = 4.0
+# An interval that is wider than this, and holds 1, tells nothing.
+WIDEST = 100.0
 # How the difference itself wanders is told by this many parts of the runs.
 SEGMENTS = 8
 # Two runs follow each other step by step where what is new in each step is this much the same.
@@ -84,8 +90,11 @@ class Change:
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval."""
-        return math.isfinite(self.noise.error) and math.isfinite(self.noise.change)
+        """Whether there is an interval: enough independent steps, or a change that is the same throughout."""
+        if not (math.isfinite(self.noise.error) and math.isfinite(self.noise.change)):
+            return False
+        parts = sum(not math.isnan(change) for change in self.noise.changes)
+        return self.noise.error == 0.0 or (parts >= FEWEST_PARTS and self.noise.freedom >= FEWEST_FREEDOM)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """The wider of the intervals by noise within the runs and by the scatter of equal fractions of them."""
@@ -98,7 +107,9 @@ class Change:
 
     @property
     def probability(self) -> float:
-        """How likely so large a change is where there is none."""
+        """How likely so large a change is where there is none; NaN where there is no interval."""
+        if not self.known:
+            return math.nan
         if abs(self.change) <= ROUNDING:
             return 1.0
         found = 0.0
@@ -134,7 +145,7 @@ def compare_units(
 ) -> tuple[list[UnitComparison], list[Change | None]]:
     """Every unit, sorted by what differs most beyond noise, and the change behind each."""
     found = [_compare(a, b, unit, measure, paired) for unit in units]
-    differ = holm([change.probability if change is not None and change.known else math.nan for _, change, _ in found])
+    differ = holm([math.nan if change is None else change.probability for _, change, _ in found])
     zeros = holm([math.nan if zeros is None else zeros.probability for _, _, zeros in found])
     told = [
         (_judged(unit, change, apart, _zeros_differ(unit, other)), change)
@@ -338,6 +349,8 @@ def _same(a: Reading, b: Reading, unit: Unit) -> bool:
 
 def _judged(unit: UnitComparison, change: Change | None, apart: bool, zeros_differ: bool) -> UnitComparison:
     verdict: Verdict = unit.verdict
+    if not apart and unit.ratio_ci95 is not None and unit.ratio_ci95[1] > WIDEST * unit.ratio_ci95[0]:
+        unit, change = replace(unit, ratio_ci95=None), None
     if verdict != "identical" and change is not None and change.known:
         same = change.noise.error == 0.0 and abs(change.change) <= ROUNDING and unit.steps != Both(1, 1)
         # A log of norms says no more of a unit than that its norm is the same at every step.
@@ -359,7 +372,7 @@ def _rank(unit: UnitComparison, change: Change | None) -> tuple[int, float]:
     if unit.ratio is None:
         return order[unit.verdict], -math.inf if unit.verdict == "differs" else math.inf
     beyond = abs(math.log(unit.ratio))
-    if change is not None and change.known:
+    if change is not None and unit.ratio_ci95 is not None:
         low, high = change.interval()
         beyond = max(low, -high)
     return order[unit.verdict], -beyond

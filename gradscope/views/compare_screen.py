@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gradscope.comparison.findings import MEASURES, bounds, times
+from gradscope.comparison.findings import MEASURES, bounds, called, times
 from gradscope.comparison_results import Both, ClipComparison, Comparison, UnitComparison
 from gradscope.findings import policy_words, run_words, step_word
 from gradscope.notation import angle, count, number, percent
@@ -17,6 +17,8 @@ from gradscope.views.screen import Block, Column, Row, Screen, Sentence, Table
 
 # As many rows as are read at a glance; all that differ, up to twice as many.
 USUAL_ROWS = 12
+# Of narrower lines the other columns leave no room for a name.
+NARROW = 72
 
 
 def compare_screen(comparison: Comparison, choices: ViewChoices) -> Screen:
@@ -37,7 +39,7 @@ def _blocks(comparison: Comparison, choices: ViewChoices) -> Iterator[Block]:
     yield from (Sentence(finding, finding=True) for finding in comparison.findings)
     what, units = _rows(comparison, choices.by)
     if units or comparison.overall is not None:
-        yield _table(comparison, what, units, choices.top)
+        yield _table(comparison, what, units, choices)
     if len(comparison.recorded) + len(comparison.policies) > 1 and comparison.verdict != "identical":
         yield _clip_table([*comparison.recorded, *comparison.policies])
     yield from (Sentence(note, tone="quiet") for note in comparison.notes)
@@ -67,9 +69,9 @@ class _Field:
     text: Callable[[UnitComparison], str]
 
 
-def _table(comparison: Comparison, what: str, units: Sequence[UnitComparison], top: int | None) -> Table:
-    fields = _fields(comparison, what, units)
-    shown = units[: top if top is not None else _usual(units)]
+def _table(comparison: Comparison, what: str, units: Sequence[UnitComparison], choices: ViewChoices) -> Table:
+    fields = _fields(comparison, what, units, choices.width)
+    shown = units[: choices.top if choices.top is not None else _usual(units)]
     rows = [
         Row(tuple(field.text(unit) for field in fields), tone="quiet" if unit.verdict == "within noise" else "plain")
         for unit in shown
@@ -91,22 +93,28 @@ def _usual(units: Sequence[UnitComparison]) -> int:
 
 def _verdicts(units: Sequence[UnitComparison]) -> str:
     verdicts = {unit.verdict for unit in units}
-    return verdicts.copy().pop().replace("unknown", "") if len(verdicts) == 1 else ""
+    return _word(verdicts.copy().pop()) if len(verdicts) == 1 else ""
+
+
+def _word(verdict: str) -> str:
+    return "cannot tell" if verdict == "unknown" else verdict
 
 
 def _caption(comparison: Comparison, what: str, units: Sequence[UnitComparison]) -> str:
     if comparison.measure != "norm" or not any(unit.ratio_ci95 for unit in units) or comparison.verdict == "identical":
         return ""
     tested = sum(unit.p_value is not None for unit in units)
-    several = f", of {count(tested)} {what if what == 'series' else what + 's'} together (Holm)" if tested > 1 else ""
+    several = f" of {count(tested)} {what if what == 'series' else what + 's'} together (Holm)" if tested > 1 else ""
+    told = [*units, *([comparison.overall] if comparison.overall else [])]
+    unknown = "; cannot tell: too few independent steps" if any(unit.verdict == "unknown" for unit in told) else ""
     how = "step by step" if comparison.paired else "corrected for autocorrelation"
     return (
-        f"norms are geometric means over the steps; 95 % intervals, {how}; differs: at 5 %{several}, "
-        "beyond the noise within the two runs"
+        f"norms are geometric means over the steps; 95 %: interval of each B/A by itself, {how}; differs: at 5 %"
+        f"{several}, beyond the noise within the two runs{unknown}"
     )
 
 
-def _fields(comparison: Comparison, what: str, units: Sequence[UnitComparison]) -> list[_Field]:
+def _fields(comparison: Comparison, what: str, units: Sequence[UnitComparison], width: int) -> list[_Field]:
     measure = MEASURES[comparison.measure or "norm"]
     every = [*units, *([comparison.overall] if comparison.overall is not None else [])]
     fields = [
@@ -116,9 +124,11 @@ def _fields(comparison: Comparison, what: str, units: Sequence[UnitComparison]) 
         _Field(Column("B/A"), lambda unit: "" if unit.ratio is None else times(unit.ratio)),
     ]
     if any(unit.ratio_ci95 and unit.ratio_ci95[0] < unit.ratio_ci95[1] * (1 - 1e-6) for unit in every):
-        fields.append(_Field(Column("95 %", spare=1), lambda unit: bounds(unit.ratio_ci95) if unit.ratio_ci95 else ""))
+        # A long name is shortened for it, as far as a name is left.
+        fields.append(_Field(Column("95 %", spare=int(width < NARROW)), _interval))
     fields += _spare_fields(every)
-    fields.append(_Field(Column("", "left"), lambda unit: unit.verdict.replace("unknown", "")))
+    if any(unit.verdict != "unknown" for unit in every):
+        fields.append(_Field(Column("", "left"), lambda unit: _word(unit.verdict)))
     return fields
 
 
@@ -139,6 +149,10 @@ def _spare_fields(units: Sequence[UnitComparison]) -> list[_Field]:
     if any(unit.share is not None for unit in units):
         fields.append(_Field(Column("share", spare=7), lambda unit: _pair(unit.share, percent)))
     return fields
+
+
+def _interval(unit: UnitComparison) -> str:
+    return "" if unit.ratio_ci95 is None else bounds(unit.ratio_ci95, "–")
 
 
 def _size(norm: float | None) -> str:
@@ -177,7 +191,10 @@ def _clip_cells(clip: ClipComparison, turned: bool) -> Iterator[str]:
         yield percent(rate.clip_rate) + ("" if rate.ci95 is None else f" ({low}–{high})")
     if turned:
         yield _direction(clip)
-    yield "" if clip.differs is None else "differs" if clip.differs else "within noise"
+    if clip.rate.a.clip_rate == clip.rate.b.clip_rate:
+        yield "the same"
+    else:
+        yield "" if clip.differs is None else "differs" if clip.differs else "within noise"
 
 
 def _direction(clip: ClipComparison) -> str:
@@ -202,7 +219,7 @@ def _next(comparison: Comparison, choices: ViewChoices) -> str:
     if comparison.measure != "norm":
         return "recorded runs tell what is noise: gradscope record -- python train.py"
     if differ and choices.by == "layer":
-        return f"--by tensor shows which parameters of {differ[0].name} they are; --steps A:B, when in the run."
+        return f"--by tensor shows which parameters of {called(differ[0].name)} they are; --steps A:B, when in the run."
     if not comparison.policies:
         return "--max-norm X compares how often a threshold would clip each; --steps A:B looks at a part of both."
     tensors = "; --by tensor at single parameters" if comparison.layers and choices.by != "tensor" else ""
