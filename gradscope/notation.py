@@ -66,3 +66,8 @@ def names(items: tuple[str, ...] | list[str], most: int = 3) -> str:
     """The first few names of a list, and how many more there are."""
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def called(name: str, kind: str = "layer") -> str:
+    """A name in a sentence: ``layer 4``, where it might be taken for a number."""
+    return f"{kind} {name}" if name[:1].isdigit() else name

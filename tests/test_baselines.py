@@ -105,6 +105,7 @@ DAMAGE: list[tuple[tuple[Any, ...], Any]] = [
     (("runs", 0, "layers", "l0", "courses", "norm", "means"), [0.0] * 128),
     (("runs", 0, "layers", "l0", "courses", "norm", "means", 0), "1"),
     (("runs", 0, "layers", "l0", "courses", "norm", "means", 0), 10**400),
+    (("runs", 0, "layers", "l0", "courses", "norm", "means"), [1e300, -1e300] * 32),
     (("runs", 0, "clip_rate"), "much"),
     (("runs", 0, "clip_rate_ci95"), [1.0]),
     (("runs", 0, "max_norms"), {"all": None}),

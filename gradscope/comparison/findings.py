@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gradscope.comparison_results import Both, ClipComparison, Comparison, OptimizerSide, UnitComparison
 from gradscope.findings import policy_words
-from gradscope.notation import angle, count, names, number, percent, setting
+from gradscope.notation import angle, called, count, names, number, percent, setting
 
 MEASURES = {"norm": "norm", "recent_norm": "recent norm", "weight_norm": "weight norm"}
 
@@ -170,11 +170,6 @@ def _units(comparison: Comparison) -> Iterator[str]:
 
 def _not_told(others: int) -> str:
     return f"; of {count(others)} more too few independent steps tell" if others else ""
-
-
-def called(name: str, kind: str = "layer") -> str:
-    """A name in a sentence: ``layer 4``, where it might be taken for a number."""
-    return f"{kind} {name}" if name[:1].isdigit() else name
 
 
 def _only(comparison: Comparison) -> Iterator[str]:

@@ -22,6 +22,8 @@ SCHEMA = "gradscope.baseline/1"
 # About 30,000 layers; a file of somebody else's is not read into memory however long it is.
 MOST_BYTES = 128 << 20
 MOST_RUNS = 100
+# Of any two float64 numbers the logarithms lie closer together.
+LARGEST_LOGARITHM = 1e4
 # Six digits of a logarithm say more than any run does.
 DIGITS = 6
 
@@ -191,7 +193,7 @@ def _course(tree: Any) -> Course:
     if not isinstance(means, list) or len(means) not in _LENGTHS:
         raise _UnlikeError(f'"means" is no list of 1, 2, 4 … or {MOST_FRACTIONS} numbers')
     return Course(
-        means=tuple(math.nan if mean is None else _number(mean, "means") for mean in means),
+        means=tuple(math.nan if mean is None else _logarithm(mean) for mean in means),
         effective=_number(course.get("effective"), "effective"),
     )
 
@@ -216,6 +218,13 @@ def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e300:
         raise _UnlikeError(f'"{what}" holds what is no finite number')
     return float(value)
+
+
+def _logarithm(value: Any) -> float:
+    number = _number(value, "means")
+    if abs(number) > LARGEST_LOGARITHM:
+        raise _UnlikeError('"means" holds what is no logarithm')
+    return number
 
 
 def _whole(value: Any, what: str) -> int:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gradscope.comparison.findings import MEASURES, bounds, called, times
+from gradscope.comparison.findings import MEASURES, bounds, times
 from gradscope.comparison_results import Both, ClipComparison, Comparison, UnitComparison
 from gradscope.findings import policy_words, run_words, step_word
-from gradscope.notation import angle, count, number, percent
+from gradscope.notation import angle, called, count, number, percent
 from gradscope.results import Source
 from gradscope.views.choices import By, ViewChoices
 from gradscope.views.csv_view import Record, csv_text
