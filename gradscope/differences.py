@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.intervals import effective_sample_size
+from gradscope.student_t import student_quantile
 
 FloatArray = NDArray[np.float64]
 
@@ -129,39 +130,6 @@ def between(a: Course, b: Course) -> Difference:
     return Difference.of(changes, (a.effective, b.effective))
 
 
-def student_probability(t: float, freedom: float) -> float:
-    """P(|T| ≥ t) for Student's t with ``freedom`` > 0 degrees of freedom (inf: the normal distribution), t ≥ 0.
-
-    The regularised incomplete beta function I_x(ν/2, 1/2) at x = ν/(ν + t²), by its continued fraction (NIST DLMF
-    8.17.22, 8.17.4).
-    """
-    if math.isinf(t) or freedom > 1e7:
-        return math.erfc(t / math.sqrt(2.0))
-    x = freedom / (freedom + t * t)
-    a, b = freedom / 2.0, 0.5
-    # 1 - x by itself, for what is subtracted from 1 may lose all its digits.
-    rest = t * t / (freedom + t * t)
-    if rest == 0.0:
-        return 1.0
-    if x < (a + 1.0) / (a + b + 2.0):
-        return _beta_fraction(a, b, x, rest)
-    return 1.0 - _beta_fraction(b, a, rest, x)
-
-
-def student_quantile(p: float, freedom: float) -> float:
-    """The t below which Student's t falls with probability ``p``, 0.5 ≤ p < 1."""
-    tail = 2.0 * (1.0 - p)
-    if tail >= 1.0:
-        return 0.0
-    low, high = 0.0, 1.0
-    while student_probability(high, freedom) > tail:
-        low, high = high, high * 2.0
-    for _ in range(80):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if student_probability(middle, freedom) > tail else (low, middle)
-    return (low + high) / 2.0
-
-
 def _noise(known: FloatArray, at: NDArray[np.int64]) -> tuple[float, float]:
     """The long-run variance of ``known`` differences, and its degrees of freedom.
 
@@ -209,23 +177,3 @@ def _autoregressive_time(residuals: FloatArray, fitted: int) -> float:
     phi += (1.0 + 4.0 * phi) * fitted / n
     phi = min(max(0.0, phi), 1.0 - fitted / n)
     return (1.0 + phi) / (1.0 - phi)
-
-
-def _beta_fraction(a: float, b: float, x: float, rest: float) -> float:
-    """I_x(a, b) for x < (a + 1)/(a + b + 2), by Lentz's evaluation of the continued fraction; ``rest`` is 1 - x."""
-    if x <= 0.0:
-        return 0.0
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
-    tiny = 1e-300
-    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0) or tiny)
-    value = d
-    for m in range(1, 1000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1.0 / (1.0 + term * d or tiny)
-            c = 1.0 + term / c or tiny
-            value *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return math.exp(front) / a * value

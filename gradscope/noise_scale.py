@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gradscope import results
 from gradscope.clipping.layout import Partition, TensorLayout
 from gradscope.gradients import GradientSource, GradientStep, Progress
+from gradscope.student_t import student_quantile
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -26,8 +27,6 @@ BLOCK = 1 << 20
 FEWEST_FOR_INTERVAL = 8
 # A second pass over the source must meet the gradients of the first.
 SAME_GRADIENT = 1e-6
-# The 97.5th percentile of the normal distribution.
-NORMAL_QUANTILE = 1.959963984540054
 
 
 class MinibatchMeter:
@@ -196,7 +195,7 @@ def noise_scale(
     pairs = np.array(_signal_and_noise(minibatch_size, count - 1, energies.sum() - energies, left_out))
     deviations = pairs - pairs.mean(axis=1, keepdims=True)
     covariance = (count - 1) / count * deviations @ deviations.T
-    low, high = fieller(noise, signal, covariance[::-1, ::-1], student_quantile(count - 1))
+    low, high = fieller(noise, signal, covariance[::-1, ::-1], student_quantile(0.975, count - 1))
     interval = (low, high) if estimate is not None and math.isfinite(high) else None
     return results.NoiseScale(estimate, interval, signal * unit, noise * unit, low)
 
@@ -224,15 +223,3 @@ def fieller(above: float, below: float, covariance: FloatArray, quantile: float)
     if c <= 0.0 or (root == 0.0 and b <= 0.0):
         return 0.0, math.inf
     return c / (b + root) if b + root > 0.0 else 0.0, math.inf
-
-
-def student_quantile(freedom: int) -> float:
-    """The 97.5th percentile of Student's t (Cornish–Fisher, Abramowitz & Stegun 26.7.5): within 1e-3 from 7 on."""
-    z = NORMAL_QUANTILE
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / float(freedom) ** (i + 1) for i, term in enumerate(terms))

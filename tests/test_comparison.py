@@ -16,7 +16,7 @@ from gradscope.comparison.familiar_ratios import familiar_ratios
 from gradscope.comparison.findings import bounds
 from gradscope.comparison.matched_names import match_tensors
 from gradscope.comparison.spectrum_shapes import Shape, distance
-from gradscope.comparison.unit_comparison import Change, constant_change, holm
+from gradscope.comparison.unit_comparison import Change, constant_change
 from gradscope.comparison_results import ClipRate, UnitComparison
 from gradscope.differences import difference
 from gradscope.errors import GradscopeError
@@ -221,12 +221,6 @@ def test_newcombe_against_his_paper() -> None:
     a, b = (ClipRate(r / n, wilson_interval(r / n, n), n, n) for r, n in ((48, 80), (56, 70)))
     between = rate_difference(a, b)
     assert between == pytest.approx((0.0524, 0.3339), abs=5e-5)
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
-    assert holm([math.nan, 0.04]) == [False, True]
-    assert holm([]) == []
 
 
 def ar1(random: np.random.Generator, n: int, rho: float) -> NDArray[np.float64]:

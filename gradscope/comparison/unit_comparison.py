@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from gradscope.comparison.spectrum_shapes import Shape, distance
 from gradscope.comparison_results import Both, Measure, UnitComparison, Verdict
-from gradscope.differences import Difference, difference, student_probability, student_quantile
+from gradscope.differences import Difference, difference
+from gradscope.holm import holm
 from gradscope.spread import Spread
 from gradscope.step_table import StepTable
+from gradscope.student_t import student_probability, student_quantile
 from gradscope.tensors import TensorInfo
 
 FloatArray = NDArray[np.float64]
@@ -145,25 +147,14 @@ def compare_units(
 ) -> tuple[list[UnitComparison], list[Change | None]]:
     """Every unit, sorted by what differs most beyond noise, and the change behind each."""
     found = [_compare(a, b, unit, measure, paired) for unit in units]
-    differ = holm([math.nan if change is None else change.probability for _, change, _ in found])
-    zeros = holm([math.nan if zeros is None else zeros.probability for _, _, zeros in found])
+    differ = holm([math.nan if change is None else change.probability for _, change, _ in found], LEVEL)
+    zeros = holm([math.nan if zeros is None else zeros.probability for _, _, zeros in found], LEVEL)
     told = [
         (_judged(unit, change, apart, _zeros_differ(unit, other)), change)
         for (unit, change, _), apart, other in zip(found, differ, zeros, strict=True)
     ]
     told.sort(key=lambda pair: _rank(*pair))
     return [unit for unit, _ in told], [change for _, change in told]
-
-
-def holm(probabilities: Sequence[float], level: float = LEVEL) -> list[bool]:
-    """Which of several hypotheses fall at ``level`` for all of them together (Holm 1979); NaN: not tested."""
-    tested = sorted((p, i) for i, p in enumerate(probabilities) if not math.isnan(p))
-    fall = [False] * len(probabilities)
-    for done, (p, i) in enumerate(tested):
-        if p > level / (len(tested) - done):
-            break
-        fall[i] = True
-    return fall
 
 
 def constant_change(changes: Sequence[Change | None]) -> tuple[float, float, float] | None:

@@ -24,14 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.check_results import Reading
-from gradscope.differences import Course, student_probability, student_quantile
+from gradscope.differences import Course
 from gradscope.health.baselines import Baseline
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.health.run_courses import LayerCourses, RunCourses
+from gradscope.holm import holm
 from gradscope.layer_series import QUANTITIES, Quantity
 from gradscope.notation import count, names, number, percent, setting
 from gradscope.printable import printable
+from gradscope.student_t import student_probability, student_quantile
 
 FloatArray = NDArray[np.float64]
 
@@ -199,10 +201,9 @@ def _readings(evidence: Evidence, tested: Sequence[_Change], alpha: float) -> li
     """One for each place at which something has drifted (Holm 1979), the worst first."""
     drifted: dict[str, list[_Change]] = {}
     known = [change for change in tested if math.isfinite(change.change) and math.isfinite(change.spread)]
-    for passed, change in enumerate(sorted(known, key=_Change.probability)):
-        if change.probability() > alpha / (len(known) - passed):
-            break
-        drifted.setdefault(change.where, []).append(change)
+    for change, fell in zip(known, holm([change.probability() for change in known], alpha), strict=True):
+        if fell:
+            drifted.setdefault(change.where, []).append(change)
     each = alpha / max(1, len(known))
     worst = [max(changes, key=_excess) for changes in drifted.values()]
     worst.sort(key=_excess, reverse=True)
