@@ -150,6 +150,14 @@ def test_numbered_names_are_a_chain_and_biases_are_none() -> None:
     assert judged("depth-decay", InMemorySource(run(sizes, shape=(16,)))).status == "skipped"
 
 
+def test_files_that_hold_ten_before_two_are_in_the_order_of_the_layers() -> None:
+    sizes = stack(10.0, 9) | {"out.weight": 10.0}
+    ordered, in_file = (judged("depth-decay", InMemorySource(run(by))) for by in (sizes, dict(sorted(sizes.items()))))
+    assert list(dict(sorted(sizes.items())))[:3] == ["0.weight", "10.weight", "12.weight"]
+    assert (in_file.status, in_file.where) == ("fail", "0")
+    assert in_file.value == pytest.approx(ordered.value, rel=0.5)
+
+
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
 def test_slope_and_correlation_are_those_of_scipy(values: list[float]) -> None:
     array = np.array(values)

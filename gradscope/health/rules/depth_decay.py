@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +73,7 @@ def _divide(typical: TypicalGradients, members: Sequence[tuple[int, str]], level
         chains.setdefault(prefix, {}).setdefault(block, []).append((place, name))
     found: list[_Chain] = []
     for prefix, blocks in chains.items():
-        typicals = [typical.together(name, [place for place, _ in block]) for name, block in blocks.items()]
+        typicals = [typical.together(name, [place for place, _ in blocks[name]]) for name in _from_the_input(blocks)]
         chain = _Chain(prefix, tuple(block for block in typicals if block.norm > 0.0))
         deeper = [member for block in blocks.values() for member in block if _numbers(member[1]) > level + 1]
         if len(chain.blocks) >= FEWEST_BLOCKS or not deeper:
@@ -81,6 +81,13 @@ def _divide(typical: TypicalGradients, members: Sequence[tuple[int, str]], level
         else:
             found += _divide(typical, deeper, level + 1)
     return found
+
+
+def _from_the_input(blocks: Iterable[str]) -> list[str]:
+    """Those with a number in the order of that, since files may hold 10 before 2; others stay where they are."""
+    numbers = {block: int(found[0]) for block in blocks if (found := re.search(r"\d+$", block)) is not None}
+    numbered = iter(sorted(numbers, key=lambda block: numbers[block]))
+    return [next(numbered) if block in numbers else block for block in blocks]
 
 
 def _numbers(name: str) -> int:
