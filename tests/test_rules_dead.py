@@ -61,6 +61,7 @@ def with_dead_units(steps: int, share: float, name: str = "0.weight", moving: bo
         if moving:
             gradient[rows[-1], : rng.integers(0, 20)] = 0.0
         step[name] = gradient
+        step["1.weight"] = np.where(np.arange(20) < 12, 0.0, 1.0)
         step.pop("2.weight", None)
     return made
 
@@ -100,6 +101,26 @@ def test_inputs_that_are_mostly_zero_leave_a_layer_alive() -> None:
     assert judged("dead", InMemorySource(bags_of_words(20))).status == "pass"
     dying = judged("dead", InMemorySource(bags_of_words(2)))
     assert (dying.status, dying.where) == ("fail", "0.weight")
+
+
+def without_biases(columns: range, behind: tuple[int, ...] = (8, 20)) -> list[Arrays]:
+    """A layer without biases whose gradient is zero but in one row, and the matrix behind it, zero in ``columns``."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(30):
+        first, second = np.zeros((20, 6)), rng.standard_normal(behind)
+        first[-1] = rng.standard_normal(6)
+        second[:, columns.start : columns.stop] = 0.0
+        made.append({"table": first, "2.weight": second, "2.bias": rng.standard_normal(behind[0])})
+    return made
+
+
+def test_dead_units_of_a_layer_without_biases_show_in_the_matrix_behind_it() -> None:
+    outcome = judged("dead", InMemorySource(without_biases(range(19))))
+    assert (outcome.status, outcome.where) == ("fail", "table")
+    assert outcome.value == pytest.approx(0.95)
+    assert judged("dead", InMemorySource(without_biases(range(19, 19)))).status == "pass"
+    assert judged("dead", InMemorySource(without_biases(range(17), (8, 18)))).status == "pass"
 
 
 class Absent(InMemorySource):

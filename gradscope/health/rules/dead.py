@@ -23,8 +23,8 @@ LIVE_STEPS = 0.05
 # Zeros that change places from step to step are many by chance; dead ones are about as many at every step.
 FEWEST_STEPS_OF_SHARE = 16
 UNSTEADY_SHARE = 0.02
-# The share of a layer's biases that are zero from which on its units are what zeroes its matrix, not its inputs.
-DEAD_BIASES = 0.5
+# The share of a bias, or of what follows, that is zero from which on units are what zeroes a matrix, not its inputs.
+DEAD_UNITS = 0.5
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
@@ -58,8 +58,8 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
             steady[place] = _steady_zeros(table.zeros[there, place], tensor.numel) / tensor.numel
             judged[place] = there
     for place, there in judged.items():
-        if not _inputs_explain(evidence, steady, place):
-            shares.append(_share_reading(evidence, there, evidence.tensors[place].name, steady[place], most))
+        share = 0.0 if _inputs_explain(evidence, steady, place) else steady[place]
+        shares.append(_share_reading(evidence, there, evidence.tensors[place].name, share, most))
     shares.sort(key=lambda reading: -(reading.value or 0.0))
     beyond = [reading for reading in shares if (reading.value or 0.0) > most]
     readings = [*_zero_readings(evidence, zero, most), *beyond]
@@ -71,12 +71,24 @@ def _of_steps(evidence: Evidence, rows: NDArray[np.int64], most: float) -> Verdi
 
 
 def _inputs_explain(evidence: Evidence, steady: dict[int, float], place: int) -> bool:
-    """Whether a matrix may be zero where its inputs are (words of a bag, one-hot states): its units' bias is alive."""
+    """Whether a matrix may be zero where its inputs are: words of a bag, one-hot states, rows that nobody looks up.
+
+    A dead unit shows elsewhere, too: in its bias or, where the layer has none, in a vector behind it (a norm's) or in
+    the columns of the matrix that it feeds.
+    """
     tensor = evidence.tensors[place]
     if len(tensor.shape) < 2:
         return False
     biases = [steady[i] for i in evidence.layers[tensor.layer] if len(evidence.tensors[i].shape) == 1 and i in steady]
-    return bool(biases) and max(biases) < DEAD_BIASES
+    if biases:
+        return max(biases) < DEAD_UNITS
+    told = [steady[i] for i in steady if i != place and _of_units(evidence.tensors[i].shape, tensor.shape[0])]
+    return max(told, default=0.0) < DEAD_UNITS
+
+
+def _of_units(shape: Sequence[int], units: int) -> bool:
+    """Whether a tensor may have an element, or columns (several, behind convolutions), for each of so many units."""
+    return shape[0] == units if len(shape) == 1 else len(shape) > 1 and shape[1] % units == 0
 
 
 def _silent_part(rows: NDArray[np.int64], largest: NDArray[np.float64], in_time: bool) -> NDArray[np.int64] | None:
@@ -158,8 +170,8 @@ DEAD = Rule(
     formula=(
         "tensors that are zero at 95 % of the steps at which they have a gradient, or of those from one on to the "
         "end (a quarter of the run and 16 steps at least); share of a tensor's elements that are zero at every step: "
-        "the fewest zeros of a step, where the median has about as many; embeddings, and matrices of layers most of "
-        "whose biases have a gradient, left out"
+        "the fewest zeros of a step, where the median has about as many; embeddings left out, and matrices most of "
+        "whose units have a gradient: in their biases or, without those, in what follows"
     ),
     source="Maas, Hannun & Ng 2013, Rectifier nonlinearities improve neural network acoustic models; Lu et al. 2020, "
     "Dying ReLU and initialization",
