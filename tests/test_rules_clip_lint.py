@@ -17,6 +17,7 @@ from recorded import record
 from rule_evidence import judged
 from torch import nn
 
+from gradscope.backward.in_memory import gradients_in_memory
 from gradscope.health.rules.clip_lint import BAD_THRESHOLD, COVERAGE, DOUBLE_CLIP, SCALED_CLIP
 from gradscope.health.rules.unused import UNUSED
 
@@ -210,3 +211,22 @@ def test_a_checkpoint_whose_optimizer_holds_no_state_of_a_parameter(tmp_path: Pa
     torch.save({"model": model.state_dict(), "optimizer": fresh.state_dict()}, tmp_path / "fresh.pt")
     assert judged(UNUSED, tmp_path / "fresh.pt").skipped is not None
     assert judged(UNUSED, SAMPLES / "ppo_cartpole_gradients").skipped is not None
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_without_state_the_gradients_of_the_batch_tell_what_is_unused(optimizer: Any) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 2), "idle": nn.Linear(4, 2)})
+    elsewhere = nn.Parameter(torch.zeros(3))
+    batch = {"x": torch.randn(6, 4)}
+
+    def found(*parameters: nn.Parameter) -> Any:
+        held = optimizer(parameters, lr=0.1)
+        loss = lambda model, batch: model["used"](batch["x"]).square().mean()  # noqa: E731
+        with gradients_in_memory(model, batch, loss, optimizer=held) as source:
+            return judged(UNUSED, source)
+
+    (reading,) = found(*model.parameters(), elsewhere).violations
+    assert reading.value == 2.0 and "2 of the 5 parameters" in reading.message
+    assert "idle.weight, idle.bias" in reading.message
+    assert found(*model["used"].parameters(), elsewhere).nearest is not None
+    assert found(elsewhere).skipped is not None

@@ -21,10 +21,10 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     elif not evidence.optimizers:
         return Verdict.cannot_tell("only a recorded run or an optimizer's state tells what an optimizer holds")
     else:
-        stepping = [state for state in evidence.optimizers if any(map(_used, state.parameters))]
-        if not stepping:
+        told = [(state, _unused(state, evidence)) for state in evidence.optimizers]
+        readings = [_reading(state, unused, most) for state, unused in told if unused is not None]
+        if not readings:
             return Verdict.cannot_tell("no optimizer keeps a state of its parameters")
-        readings = [_reading(state, most) for state in stepping]
     beyond = sorted((found for found in readings if _number(found) > most), key=_number, reverse=True)
     if beyond:
         return Verdict.violated(beyond)
@@ -32,8 +32,19 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     return Verdict.well(max(readings, key=_number, default=nothing))
 
 
-def _reading(state: OptimizerState, most: float) -> Reading:
-    unused = [parameter.name for parameter in state.parameters if not _used(parameter)]
+def _unused(state: OptimizerState, evidence: Evidence) -> list[str] | None:
+    """By the optimizer's state or, where it has none (it has not stepped, or keeps none), by the gradients read."""
+    if any(map(_used, state.parameters)):
+        return [parameter.name for parameter in state.parameters if not _used(parameter)]
+    if evidence.table is None:
+        return None
+    had = {tensor.name: bool(seen.any()) for tensor, seen in zip(evidence.tensors, evidence.table.present.T, strict=True)}
+    # What the gradients do not name may get one elsewhere.
+    known = [parameter.name for parameter in state.parameters if parameter.name in had]
+    return [name for name in known if not had[name]] if any(had[name] for name in known) else None
+
+
+def _reading(state: OptimizerState, unused: list[str], most: float) -> Reading:
     if not unused:
         said = f"Every parameter that {state.name} holds had a gradient."
         return Reading(0.0, most, state.name, None, said)
@@ -57,7 +68,8 @@ UNUSED = Rule(
     name="unused",
     severity="error",
     about="A parameter that the optimizer holds never had a gradient.",
-    formula="parameters of an optimizer without a gradient at any step (checkpoint: without state, while others have)",
+    formula="parameters of an optimizer without a gradient at any step (checkpoint: without state, while others have; "
+    "without any state, those of the batch's gradients)",
     source="torch.optim: a parameter whose .grad is None is passed over, and no state is made for it",
     limits=(Limit("max", 0.0, "most such parameters of one optimizer"),),
     judge=judge,
