@@ -289,3 +289,8 @@ def test_weights_go_with_dumps_only(tmp_path: Path) -> None:
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
     with pytest.raises(GradscopeError, match="--weights: goes with gradient dumps"):
         open_source(tmp_path / "c.pt", weights=tmp_path / "w")
+
+
+def test_a_tensor_without_a_name_hides_none_beside_it(tmp_path: Path) -> None:
+    save_file({"": torch.ones(2), "a.weight": torch.ones(3)}, tmp_path / "step.safetensors")
+    assert sorted(names_of(open_source(tmp_path / "step.safetensors"))) == ["a.weight", "nameless"]

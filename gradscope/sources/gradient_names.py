@@ -14,6 +14,7 @@ FLOATING = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3f
 GRADIENT_WORDS = frozenset(("grad", "grads", "gradient", "gradients"))
 WEIGHT_WORDS = frozenset(("param", "params", "parameters", "data", "value", "weight", "weights", "model", "state_dict"))
 ALONE = "gradient"
+NAMELESS = "nameless"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,10 @@ def gradients_of(tree: Tree, what: str) -> NamedTensors:
             f"holds an object of the class {tree.module}.{tree.name}, not a mapping of tensors",
             "save the gradients by name: torch.save({name: p.grad for name, p in model.named_parameters()}, FILE)",
         )
-    leaves = dict(_unique(named_leaves(tree, what), what))
+    found = tuple(named_leaves(tree, what))
+    # Beside others a tensor without a name is no gradient among parameters.
+    nameless = ALONE if len(found) == 1 else NAMELESS
+    leaves = dict(_unique(((name or nameless, leaf) for name, leaf in found), what))
     marked = {name: parameter for name in leaves if (parameter := _without(name, GRADIENT_WORDS)) is not None}
     if not marked:
         return _floating(leaves, {}, what)

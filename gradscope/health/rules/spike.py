@@ -39,7 +39,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     joint = evidence.table.norms(range(len(evidence.tensors)))
     rows = np.flatnonzero(np.isfinite(joint) & (joint > 0.0))
     if len(rows) <= FEWEST_NEIGHBOURS:
-        return Verdict.cannot_tell(f"it takes more than {FEWEST_NEIGHBOURS} steps to tell a spike from the others")
+        return Verdict.cannot_tell(f"it takes more than {FEWEST_NEIGHBOURS} steps whose norm is finite and not 0")
     heights = _heights(np.log(joint[rows]))
     spikes = (heights.z > limits.number("z")) & (heights.above > math.log(limits.number("ratio")))
     found = np.flatnonzero(spikes)
