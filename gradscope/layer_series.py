@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.gradients import GradientStep
+from gradscope.spectra_sample import Spectra
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.step_table import StepTable
 from gradscope.tensors import TensorInfo
@@ -18,10 +18,6 @@ from gradscope.tensors import TensorInfo
 FloatArray = NDArray[np.float64]
 
 Quantity: TypeAlias = Literal["norm", "update", "update-ratio", "shape", "nonzero"]
-
-# Of more steps than these the shape of a spectrum is not asked for: decoding it costs more than all else.
-MOST_SHAPES = 64
-
 
 # What each is called in a sentence.  All are natural logarithms, so that differences are factors.
 QUANTITIES: Mapping[Quantity, str] = {
@@ -55,7 +51,7 @@ def series_by_layer(
 ) -> dict[str, LayerSeries]:
     """What ``table`` holds of each of ``layers`` (name to the places of its tensors), in their order.
 
-    ``shapes`` are what ``ShapeSample`` found, by layer.
+    ``shapes`` are those of a ``ShapeSeries``, by layer.
     """
     return {
         name: _series_of(name, table, [tensors[i].numel for i in members], members, shapes.get(name))
@@ -87,31 +83,23 @@ def _series_of(
 
 
 @dataclass(slots=True, eq=False)
-class ShapeSample:
-    """Takes the shape of each layer's spectrum down as steps are read; an observer of ``StepTable.read``.
+class ShapeSeries:
+    """Takes down the shape of each layer's spectrum where a ``SpectraSample`` shows one.
 
     ``layers`` maps a layer to the places of its tensors.  The shape is log(median|g| / rms) over the elements that are
-    not zero: log 0.6745 for normal elements, less for longer tails.  It is taken at no more than 64 of the ``steps``,
-    evenly spaced; ``shapes`` are float64 [steps] by layer, NaN at the others.
+    not zero: log 0.6745 for normal elements, less for longer tails.  ``shapes`` are float64 [steps] by layer, NaN at
+    the steps that were not shown.
     """
 
     layers: Mapping[str, Sequence[int]]
-    tensors: int
     steps: int
     shapes: dict[str, FloatArray] = field(default_factory=dict)
-    _taken: int = 0
-    _seen: int = 0
 
-    def see(self, position: int, step: GradientStep) -> None:
-        """Take in a step while it is in memory."""
-        row, self._seen = self._seen, self._seen + 1
-        if len(step.spectra) != self.tensors or row * MOST_SHAPES < self._taken * self.steps:
-            return
-        self._taken += 1
+    def take(self, row: int, spectra: Spectra) -> None:
+        """Take down the shapes of a step."""
         for layer, members in self.layers.items():
-            spectra = [step.spectra[i] for i in members if step.present is None or step.present[i]]
-            told = [spectrum for spectrum in spectra if spectrum is not None]
-            if len(told) == len(spectra) > 0:
+            told = [spectrum for i in members if (spectrum := spectra[i]) is not None]
+            if len(told) == len(members):
                 self.shapes.setdefault(layer, np.full(self.steps, np.nan))[row] = _shape(told)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gradscope.health.evidence import Evidence
-from gradscope.layer_series import ShapeSample, series_by_layer
+from gradscope.layer_series import ShapeSeries, series_by_layer
+from gradscope.spectra_sample import SpectraSample
 from gradscope.step_table import StepTable
 from tests.in_memory_source import InMemorySource, RecordedSource
 
@@ -53,12 +54,12 @@ def test_updates_are_those_of_the_steps_at_which_they_were_measured() -> None:
 
 def test_the_shape_is_the_median_of_what_is_not_zero_over_its_rms() -> None:
     source = InMemorySource(STEPS)
-    sample = ShapeSample(LAYERS, 2, 30)
-    StepTable.read(source, range(30), None, [sample.see])
+    shapes = ShapeSeries(LAYERS, 30)
+    StepTable.read(source, range(30), None, [SpectraSample(2, 30, [shapes.take]).see])
     for row, step in enumerate(STEPS):
         elements = np.abs(joined(step)[joined(step) != 0])
         expected = np.log(np.median(elements) / np.sqrt(np.mean(elements**2)))
-        assert sample.shapes["a"][row] == pytest.approx(expected, abs=0.02)
+        assert shapes.shapes["a"][row] == pytest.approx(expected, abs=0.02)
 
 
 def test_shapes_of_a_long_run_are_sampled_evenly() -> None:

@@ -12,20 +12,18 @@ from numpy.typing import NDArray
 from gradscope import forensics, results
 from gradscope.clipping.layout import TensorLayout
 from gradscope.errors import GradscopeError
-from gradscope.gradients import GradientSource, GradientStep, Progress, Weights
-from gradscope.layer_series import ShapeSample
+from gradscope.gradients import GradientSource, Progress, Weights
+from gradscope.layer_series import ShapeSeries
 from gradscope.noise_scale import MinibatchMeter
 from gradscope.optimizer_state import OptimizerState
 from gradscope.selection import select_steps
+from gradscope.spectra_sample import MergedSpectra, SpectraSample
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.step_table import StepTable, recorded_run
 from gradscope.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from gradscope.health.baselines import Baseline
-
-# Spectra of more steps than these tell nothing new of a distribution.
-MOST_SAMPLED = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +35,7 @@ class Evidence:
     merged over the ``sampled`` rows of the table, evenly spaced among those that hold spectra of tensors.
     ``recorded`` is what a recording clipped itself, ``minibatches`` what a captured batch tells of noise.
     ``optimizers`` and ``reports`` (their forensics) are those of a checkpoint.  ``baseline`` is what to compare with.
-    ``shapes`` are the series of each layer's shape, as ``layer_series.ShapeSample`` takes them.
+    ``shapes`` are the series of each layer's shape, as a ``layer_series.ShapeSeries`` takes them down.
     """
 
     source: GradientSource
@@ -71,20 +69,19 @@ class Evidence:
         weights = source.weights(progress)
         optimizers = source.optimizers(progress)
         layers = _layers(source.tensors) if source.info.kind != "norm-log" else {}
-        shapes = ShapeSample(layers, len(source.tensors), 0)
-        table, minibatches, sample = None, None, _SpectraSample(len(source.tensors), 0)
+        table, minibatches = None, None
+        selected = select_steps(steps, source.info.steps) if source.tensors else range(0)
+        together, shapes = MergedSpectra(len(source.tensors)), ShapeSeries(layers, len(selected))
+        sample = SpectraSample(len(source.tensors), len(selected), [together.take, shapes.take])
         if source.tensors:
-            selected = select_steps(steps, source.info.steps)
             meter = MinibatchMeter(source, TensorLayout.of(source.tensors, source.groups))
-            sample = _SpectraSample(len(source.tensors), len(selected))
-            shapes = ShapeSample(layers, len(source.tensors), len(selected))
-            table = StepTable.read(source, selected, progress, [meter.see, sample.see, shapes.see])
+            table = StepTable.read(source, selected, progress, [meter.see, sample.see])
             minibatches = meter.report(progress)
         return cls(
             source=source,
             table=table,
             layers=layers,
-            spectra=sample.merged(),
+            spectra=together.merged(),
             sampled=np.array(sample.rows, dtype=np.int64),
             recorded=recorded_run(source, table) if table is not None else None,
             minibatches=minibatches,
@@ -111,36 +108,6 @@ class Evidence:
         if self.table is None or not len(rows):
             return None
         return int(self.table.index[min(rows)]), int(self.table.index[max(rows)])
-
-
-@dataclass(slots=True, eq=False)
-class _SpectraSample:
-    """Merges the spectra of tensors at evenly spaced steps; an observer of the steps as they are read."""
-
-    tensors: int
-    steps: int
-    rows: list[int] = field(default_factory=list)
-    _spectra: list[list[MagnitudeSpectrum]] = field(default_factory=list)
-    _seen: int = 0
-
-    def see(self, position: int, step: GradientStep) -> None:
-        """Take in a step while it is in memory."""
-        row, self._seen = self._seen, self._seen + 1
-        if len(step.spectra) != self.tensors or row * MOST_SAMPLED < len(self.rows) * self.steps:
-            return
-        if not self._spectra:
-            self._spectra = [[] for _ in range(self.tensors)]
-        self.rows.append(row)
-        for i, kept in enumerate(self._spectra):
-            spectrum = step.spectra[i]
-            if spectrum is not None and (step.present is None or step.present[i]):
-                kept.append(spectrum)
-
-    def merged(self) -> tuple[MagnitudeSpectrum | None, ...]:
-        """One spectrum per tensor, of all the steps taken in; None where there was none."""
-        if not self._spectra:
-            return (None,) * self.tensors
-        return tuple(MagnitudeSpectrum.merge(kept) if kept else None for kept in self._spectra)
 
 
 def _layers(tensors: Sequence[TensorInfo]) -> dict[str, list[int]]:
