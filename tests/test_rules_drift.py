@@ -125,6 +125,19 @@ def test_another_model_altogether_is_said_once() -> None:
     assert "another model" in reading.message
 
 
+def test_another_model_is_no_run_of_another_length() -> None:
+    other = InMemorySource([{f"other{name}": array for name, array in step.items()} for step in training(1, steps=40)])
+    (reading,) = against(HEALTHY[:1], other).violations
+    assert "another model" in reading.message
+
+
+def test_a_layer_that_is_called_by_a_number_is_said_to_be_a_layer() -> None:
+    steps = [{f"{name[1:]}": array for name, array in step.items()} for step in training(1)]
+    fewer = [{name: array for name, array in step.items() if not name.startswith("3.")} for step in steps]
+    (reading,) = against([InMemorySource(steps)], InMemorySource(fewer)).violations
+    assert reading.message == "layer 3 is gone: the baseline has it."
+
+
 def test_a_layer_that_fell_silent_or_is_nan_is_named() -> None:
     silent = against(HEALTHY[:1], memory(20, lambda step, layer: float(layer != 3)))
     assert silent.violations[0].message == ("the gradient of l3 is zero in 100 % of the steps; in the baseline in 0 %.")
@@ -170,7 +183,9 @@ def test_a_log_of_norms_is_compared_by_its_series() -> None:
 def test_what_cannot_be_compared_is_skipped_with_a_reason() -> None:
     alone = DRIFT.judge(Evidence.gather(HEALTHY[0]), Limits(DRIFT.defaults()))
     assert alone.skipped == "there is no baseline to compare with (--baseline FILE)"
-    assert "train for as long" in str(against(HEALTHY[:1], memory(1, steps=90)).skipped)
-    assert "no course" in str(against([memory(0, steps=8)], memory(1, steps=8)).skipped)
+    assert "runs of about as many steps are needed: this run has 90, the baseline 200" in str(
+        against(HEALTHY[:1], memory(1, steps=90)).skipped
+    )
+    assert "at least 16 steps are needed" in str(against([memory(0, steps=8)], memory(1, steps=8)).skipped)
     checkpoint = replace(Evidence.gather(HEALTHY[0]), table=None, baseline=Baseline("b", (run(HEALTHY[0]),)))
     assert "one moment" in str(DRIFT.judge(checkpoint, Limits(DRIFT.defaults())).skipped)

@@ -39,8 +39,8 @@ class Baseline:
 def save_baseline(path: Path, evidences: Sequence[Evidence]) -> None:
     """Write what ``evidences``, each a run of the same training, look like to ``path``, which is there whole or not.
 
-    Raises GradscopeError where one of them holds no gradients, where they are not of the same model, and where the
-    file cannot be written.
+    Raises GradscopeError where one of them holds no gradients, where they are not of the same model or two are the
+    same run, and where the file cannot be written.
     """
     runs: list[RunCourses] = []
     for evidence in evidences:
@@ -51,6 +51,9 @@ def save_baseline(path: Path, evidences: Sequence[Evidence]) -> None:
             )
         if runs and set(run.layers) != set(runs[0].layers):
             raise GradscopeError(run.path, f"is not of the same layers as {runs[0].path}: one baseline is of one model")
+        same = next((other for other in runs if _told(other) == _told(run)), None)
+        if same is not None:
+            raise GradscopeError(run.path, f"is the run of {same.path} again: a baseline is of different seeds")
         runs.append(run)
     if not 1 <= len(runs) <= MOST_RUNS:
         raise GradscopeError(str(path), f"a baseline is of 1 to {MOST_RUNS} runs, not of {len(runs)}")
@@ -104,6 +107,11 @@ _HOW = "make one: gradscope check RUN.gradscope --save-baseline FILE"
 
 class _UnlikeError(Exception):
     """What is read is not what a baseline holds."""
+
+
+def _told(run: RunCourses) -> dict[str, Any]:
+    """What is kept of a run, wherever it lies."""
+    return {**_run_as_json(run), "path": ""}
 
 
 def _run_as_json(run: RunCourses) -> dict[str, Any]:

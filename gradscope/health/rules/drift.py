@@ -31,7 +31,7 @@ from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.health.run_courses import LayerCourses, RunCourses
 from gradscope.holm import holm
 from gradscope.layer_series import QUANTITIES, Quantity
-from gradscope.notation import count, names, number, percent, setting
+from gradscope.notation import called, count, names, number, percent, setting
 from gradscope.printable import printable
 from gradscope.student_t import student_probability, student_quantile
 
@@ -87,15 +87,15 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     run = RunCourses.of(evidence)
     if run is None:
         return Verdict.cannot_tell("a checkpoint is one moment of a run: compare the run's recording with the baseline")
+    if (run.kind == "norm-log") != (baseline.runs[0].kind == "norm-log"):
+        return Verdict.cannot_tell("a log of norms and a source with layers have no series in common")
+    if not set(run.layers) & set(baseline.runs[0].layers):
+        return Verdict.violated([_said(evidence, None, "the run has no layer of the baseline: it is another model.")])
     why = _not_comparable(run, baseline)
     if why is not None:
         return Verdict.cannot_tell(why)
     everywhere, layers = _changes(run, baseline, limits)
     if not layers:
-        if not set(run.layers) & set(baseline.runs[0].layers):
-            return Verdict.violated(
-                [_said(evidence, None, "the run has no layer of the baseline: it is another model.")]
-            )
         return Verdict.cannot_tell("the baseline and this run have no measured quantity in common")
     # Half of alpha for the network as a whole, of which little is tested, half for its layers.
     alpha = limits.number("alpha") / 2.0
@@ -110,14 +110,13 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
 
 
 def _not_comparable(run: RunCourses, baseline: Baseline) -> str | None:
-    usual = baseline.runs[0]
-    if (run.kind == "norm-log") != (usual.kind == "norm-log"):
-        return "a log of norms and a source with layers have no series in common"
-    least, most = sorted((run.steps, max(1, round(float(np.median([r.steps for r in baseline.runs]))))))
+    usual = round(float(np.median([r.steps for r in baseline.runs])))
+    least, most = sorted((run.steps, usual))
+    lengths = f"this run has {count(run.steps)}, the baseline {count(usual)}"
     if least < FEWEST_STEPS:
-        return f"{count(least)} steps have no course: at least {FEWEST_STEPS} are needed here and in the baseline"
+        return f"at least {FEWEST_STEPS} steps are needed of both: {lengths}"
     if most > LARGEST_STEPS_RATIO * least:
-        return f"this run is of {count(run.steps)} steps, the baseline of {count(usual.steps)}: train for as long"
+        return f"runs of about as many steps are needed: {lengths}"
     return None
 
 
@@ -231,7 +230,7 @@ def _nearest(evidence: Evidence, families: Sequence[tuple[Sequence[_Change], flo
 
 def _reading(evidence: Evidence, change: _Change, alpha: float, others: Sequence[_Change]) -> Reading:
     times, reach = math.exp(change.change), math.exp(min(change.reach(alpha), 700.0))
-    where = "Across the layers the" if change.where == EVERYWHERE else f"{printable(change.where)}: the"
+    where = "Across the layers the" if change.where == EVERYWHERE else f"{called(printable(change.where))}: the"
     also = f" (also the {names([QUANTITIES[other.quantity] for other in others])})" if others else ""
     return Reading(
         value=max(times, 1.0 / times),
@@ -249,12 +248,12 @@ def _structure(evidence: Evidence, run: RunCourses, baseline: Baseline) -> list[
     """Layers that are gone, new, of another size, or silent where they were not."""
     usual = baseline.runs[0].layers
     found = [
-        _said(evidence, name, f"{printable(name)} is gone: the baseline has it.")
+        _said(evidence, name, f"{called(printable(name))} is gone: the baseline has it.")
         for name in usual
         if name not in run.layers
     ]
     found += [
-        _said(evidence, name, f"{printable(name)} is new: the baseline does not have it.")
+        _said(evidence, name, f"{called(printable(name))} is new: the baseline does not have it.")
         for name in run.layers
         if name not in usual
     ]
@@ -262,16 +261,17 @@ def _structure(evidence: Evidence, run: RunCourses, baseline: Baseline) -> list[
         if name not in usual:
             continue
         if layer.numel != usual[name].numel:
-            message = (
-                f"{printable(name)} has {count(layer.numel)} parameters; in the baseline {count(usual[name].numel)}."
-            )
+            was = count(usual[name].numel)
+            message = f"{called(printable(name))} has {count(layer.numel)} parameters; in the baseline {was}."
             found.append(_said(evidence, name, message))
         silent = [other.layers[name].silent for other in baseline.runs]
         if not any(math.isnan(share) for share in silent) and math.isnan(layer.silent):
-            found.append(_said(evidence, name, f"{printable(name)} has no finite gradient; in the baseline it has."))
+            found.append(
+                _said(evidence, name, f"{called(printable(name))} has no finite gradient; in the baseline it has.")
+            )
         elif layer.silent - max(silent) > 0.5:
             message = (
-                f"the gradient of {printable(name)} is zero in {percent(layer.silent)} of the steps; "
+                f"the gradient of {called(printable(name))} is zero in {percent(layer.silent)} of the steps; "
                 f"in the baseline in {percent(max(silent))}."
             )
             found.append(_said(evidence, name, message))
