@@ -97,7 +97,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         reading(one, "min", ITS_WEIGHTS, ": it hardly learns") for one in recent if one.value < limits.number("min")
     ]
     beyond += reversed(slow)
-    if (idle := _idle(evidence, layers, newest)) is not None:
+    if (idle := _idle(evidence, newest)) is not None:
         beyond.append(idle)
     return Verdict.violated(beyond) if beyond else Verdict.well(reading(of_weights[0], "max", ITS_WEIGHTS, ""))
 
@@ -108,7 +108,7 @@ def _parts(measured: int) -> list[IntArray]:
     return np.array_split(np.arange(measured), parts)[1:] if parts >= 2 else []
 
 
-def _idle(evidence: Evidence, layers: Sequence[_Layer], newest: IntArray) -> Reading | None:
+def _idle(evidence: Evidence, newest: IntArray) -> Reading | None:
     """Steps that all had a gradient and of which none changed anything; None where one did.
 
     One layer alone may be kept as it is on purpose.
@@ -116,19 +116,20 @@ def _idle(evidence: Evidence, layers: Sequence[_Layer], newest: IntArray) -> Rea
     table = evidence.table
     if table is None or table.measured is None or table.history is None:
         return None
+    assert table.update_norm is not None
     judged = table.measured[newest]
     joint = table.norms(range(len(evidence.tensors)))[judged]
     # A gradient that is clipped to nothing is another fault.
     to_nothing = (table.history.max_norm[judged] <= 0.0).any(axis=1)
     stepped = (table.history.stepped[judged] == 1).any(axis=1)
     rows = newest[np.isfinite(joint) & (joint > 0.0) & stepped & ~to_nothing]
-    updates = np.array([layer.of_initial[rows] for layer in layers])
-    if len(rows) < FEWEST_MEASURED or not (updates == 0.0).any(axis=0).all() or np.nanmax(updates) > 0.0:
+    updates = table.update_norm[rows]
+    if len(rows) < FEWEST_MEASURED or not (updates == 0.0).any(axis=1).all() or np.nanmax(updates) > 0.0:
         return None
     steps = evidence.steps_of(table.measured[rows])
     assert steps is not None
     message = (
-        f"Steps {steps[0]:,} to {steps[1]:,} had gradients and changed no layer at all: a learning rate of zero, or "
+        f"Steps {steps[0]:,} to {steps[1]:,} had gradients and changed nothing at all: a learning rate of zero, or "
         "one too small for the number format of the weights."
     )
     return Reading(None, None, None, steps, message)
