@@ -244,3 +244,9 @@ def test_a_python_of_the_jobs_own_gets_gradscope_beside_what_it_has(runner: Runn
     assert ran.code == (0 if sys.version_info >= (3, 11) else 3), ran.err
     if sys.version_info >= (3, 11):
         assert ran.outputs == {"python": runner.python}
+
+
+def test_a_sarif_file_that_cannot_be_written_is_no_verdict(runner: Runner, workspace: Path) -> None:
+    ran = runner.run(CHECK, workspace, path="runs/well", sarif_file="nowhere/out.sarif")
+    assert ran.code == 2
+    assert "-o nowhere/out.sarif: there is no directory" in ran.err
