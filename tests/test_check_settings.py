@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -225,3 +226,8 @@ def test_what_is_not_given_stays() -> None:
     assert project.with_choice() == project
     loose = project.with_choice(strict=False, fail_on="error")
     assert (loose.strict, loose.fail_on, loose.baseline) == (False, "error", Path("b.json"))
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.int64(1), 1])
+def test_a_limit_is_any_real_number(value: Any) -> None:
+    assert CheckSettings().with_rule("clip-rate.max", value).limits["clip-rate"]["max"] == float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -220,12 +221,12 @@ def _checked(key: str, limit: Limit, value: object) -> LimitValue:
             except GradscopeError as error:
                 raise GradscopeError(key, error.why, error.hint) from None
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise GradscopeError(key, f"must be {_bounds(limit)}, not {_told(value)}")
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf if value > 0 else -math.inf
+        number = -math.inf if value < 0 else math.inf
     if not limit.least <= number <= limit.most:
         raise GradscopeError(key, f"must be {_bounds(limit)}, not {setting(number)}")
     return number

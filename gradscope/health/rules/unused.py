@@ -38,7 +38,9 @@ def _unused(state: OptimizerState, evidence: Evidence) -> list[str] | None:
         return [parameter.name for parameter in state.parameters if not _used(parameter)]
     if evidence.table is None:
         return None
-    had = {tensor.name: bool(seen.any()) for tensor, seen in zip(evidence.tensors, evidence.table.present.T, strict=True)}
+    had = {
+        tensor.name: bool(seen.any()) for tensor, seen in zip(evidence.tensors, evidence.table.present.T, strict=True)
+    }
     # What the gradients do not name may get one elsewhere.
     known = [parameter.name for parameter in state.parameters if parameter.name in had]
     return [name for name in known if not had[name]] if any(had[name] for name in known) else None
