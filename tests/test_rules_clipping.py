@@ -59,6 +59,8 @@ def test_a_rate_whose_interval_holds_the_limit_passes() -> None:
     assert (norms[100:] > 1.0).mean() > 0.95
     verdict = judged(CLIP_RATE, RecordedSource(steps_of(norms, 0.0), limits=1.0))
     assert not verdict.violations
+    # What is shown beside the limit lies within it, as a pass must.
+    assert verdict.nearest is not None and verdict.nearest.value is not None and verdict.nearest.value <= 0.95
     assert judged(CLIP_RATE, RecordedSource(steps_of(norms, 0.0), limits=1.0), max=0.5).violations
 
 
