@@ -5,8 +5,9 @@
 Every run is a real, short training on one thread, recorded to DIR and found there the next time.  Healthy runs, which
 differ in their seed alone, are judged against baselines of one and of three others of the same training; so are runs
 with something wrong, each against every healthy one.  A false alarm is a healthy run that fails.  Pairs that share a
-run are not independent, so the interval is that of pairs that share none.  Ends with 1 if there was a false alarm or
-something wrong was not seen.
+run are not independent, so the interval is that of pairs that share none.  For comparison, how many neighbouring seeds
+have global norms that ``gradscope compare`` calls different, since it knows the noise within runs alone.  Ends with 1
+if there was a false alarm or something wrong was not seen.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradscope.comparison.comparing import compare
 from gradscope.health.baselines import Baseline
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limits
@@ -182,6 +184,12 @@ def seen(sick: Sequence[Evidence], healthy: Sequence[Evidence], runs: int) -> fl
     return sum(found) / len(found)
 
 
+def beyond_noise(healthy: Sequence[Evidence]) -> tuple[int, int]:
+    """Pairs of neighbouring seeds whose global norms differ beyond the noise within the runs, and all such pairs."""
+    compared = [compare(one.source, other.source).overall for one, other in itertools.pairwise(healthy)]
+    return sum(unit is not None and unit.verdict == "differs" for unit in compared), len(compared)
+
+
 def of(run: Evidence) -> RunCourses:
     """What a baseline keeps of ``run``."""
     courses = RunCourses.of(run)
@@ -194,6 +202,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[bool]:
     from benchmarks import trainings
 
     total = {runs: [0, 0] for runs in BASELINES}
+    every, differing = 0, [0, 0]
     others = [training.name for training in trainings.HEALTHY if training.name not in SICK]
     for kind in [*SICK, *(others if options.other_seeds > max(BASELINES) - 1 else ())]:
         seeds = options.seeds if kind in SICK else options.other_seeds
@@ -202,16 +211,22 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[bool]:
             if len(healthy) <= runs:
                 continue
             alarms, tried, alarms_apart, apart = false_alarms(healthy, runs)
+            every += tried if runs == 1 else 0
             total[runs][0] += alarms_apart
             total[runs][1] += apart
             print(f"{kind:26} baseline of {runs}: {alarms} false alarms in {tried} ({seeds} seeds)", flush=True)
             yield alarms == 0
+        differing = [sum(numbers) for numbers in zip(differing, beyond_noise(healthy), strict=True)]
         for variant in SICK.get(kind, ()):
             sick = [recorded(kind, variant, 100 + seed, folder) for seed in range(options.sick_seeds)]
             shares = [seen(sick, healthy, runs) for runs in BASELINES]
             told = ", ".join(f"{share:.1%} (baseline of {runs})" for share, runs in zip(shares, BASELINES, strict=True))
             print(f"  {ABOUT[variant]:24} seen in {told}", flush=True)
             yield min(shares) == 1.0
+    print(
+        f"gradscope compare: {differing[0]} of {differing[1]} pairs of neighbouring seeds differ in their global norm"
+    )
+    print(f"baseline of 1: {every} judgements of one seed by another")
     for runs, (alarms, apart) in total.items():
         low, high = wilson_interval(alarms / apart, apart) if apart else (0.0, math.nan)
         share = f"{low:.1%} to {high:.1%} with 95 % confidence"
