@@ -17,6 +17,7 @@ from recorded import record
 from rule_evidence import judged
 from torch import nn
 
+import gradscope
 from gradscope.backward.in_memory import gradients_in_memory
 from gradscope.health.rules.clip_lint import BAD_THRESHOLD, COVERAGE, DOUBLE_CLIP, SCALED_CLIP
 from gradscope.health.rules.unused import UNUSED
@@ -179,6 +180,9 @@ def test_a_checkpoint_whose_library_clips_at_zero(tmp_path: Path, max_norm: floa
     settings.write_text(re.sub(r"max_grad_norm: .*", f"max_grad_norm: {max_norm}", settings.read_text()))
     (found,) = judged(BAD_THRESHOLD, tmp_path / "run").violations
     assert effect in found.message
+    rollout = tmp_path / "run" / "rollout.safetensors"
+    with_batch = gradscope.check(tmp_path / "run", batch=rollout, select=["bad-threshold"])
+    assert [effect in outcome.message for outcome in with_batch.rules if outcome.status == "fail"] == [True]
 
 
 def test_clipping_twice(tmp_path: Path) -> None:

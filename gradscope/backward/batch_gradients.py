@@ -112,6 +112,7 @@ class BatchGradients(GradientSource):
             ),
             groups=engine.groups,
             notes=engine.notes,
+            lint=checkpoint.lint,
             engine=engine,
             checkpoint=checkpoint,
             minibatches=minibatches,
