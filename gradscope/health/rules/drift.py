@@ -296,7 +296,7 @@ def _clipping(evidence: Evidence, run: RunCourses, baseline: Baseline, limits: L
     off -= sum(_half_width(r) for r in (run, max(baseline.runs, key=_half_width)))
     if off > most:
         usual_rate = float(np.mean(rates))
-        message = f"the run clips {percent(rate)} of its steps; the baseline {percent(usual_rate)}."
+        message = f"The run clips {percent(rate)} of its steps; the baseline {percent(usual_rate)}."
         found.append(Reading(abs(rate - usual_rate), most, None, _all_steps(evidence), message))
     return found
 
@@ -319,7 +319,7 @@ def _all_steps(evidence: Evidence) -> tuple[int, int] | None:
 DRIFT = Rule(
     name="drift",
     severity="error",
-    about="a layer's gradients are not those of the baseline",
+    about="A layer's gradients are not those of the baseline.",
     formula=(
         "|mean over equal fractions of log(run / baseline)| > log(ratio) + t × √(between seeds² + within runs²); "
         "t by Holm over all layers and quantities"
