@@ -93,6 +93,19 @@ def test_a_hundredfold_learning_rate_fails(tmp_path: Path) -> None:
     assert "lower the learning rate" in verdict.violations[0].message
 
 
+def test_inputs_far_wider_than_the_outputs_are_no_sign_of_a_high_rate() -> None:
+    def largest(shape: tuple[int, ...]) -> float:
+        source = RecordedSource([{"a.weight": np.ones(shape)}] * 60, updates={"a.weight": (1.0, 1.0)})
+        found = judged(UPDATE_RATIO, source, **{"max-of-initial": 0.0, "max": 1e9}).violations[0].value
+        assert found is not None
+        return found
+
+    assert largest((6, 2)) == largest((6, 64)) == largest((6, 4, 4, 4)) == pytest.approx(math.sqrt(3 / 6))
+    assert largest((6, 2400)) == pytest.approx(math.sqrt(3 / 6 / (2400 / 64)))
+    assert largest((32, 128)) == pytest.approx(math.sqrt(3 / 32))
+    assert largest((32, 1280)) == pytest.approx(math.sqrt(3 / 320))
+
+
 def test_weights_that_start_at_zero_are_no_alarm(tmp_path: Path) -> None:
     model = network()
     nn.init.zeros_(model[2].weight)

@@ -30,6 +30,8 @@ IntArray = NDArray[np.int64]
 ITS_WEIGHTS = "its weights"
 
 FEWEST_MEASURED = 3
+# How many inputs of a matrix count: these in any case, and so many per output, as behind a feed-forward block.
+MOST_INPUTS, MOST_PER_OUTPUT = 64, 4
 # Into how many parts a run is split, as far as so many updates were measured.
 MOST_PARTS = 8
 
@@ -206,8 +208,13 @@ def _is_matrix(shape: Sequence[int]) -> bool:
 
 
 def _initial_energy(shape: Sequence[int]) -> float:
-    """‖θ‖² as torch initialises by default: variance 1/(3·fan_in) (He et al. 2015), so a third of the rows."""
-    return shape[0] / 3.0
+    """‖θ‖² as torch initialises by default: variance 1/(3·fan_in) (He et al. 2015), so a third of the rows.
+
+    Optimizers that step by element, as Adam does, move a matrix by √fan_in times more of that.  Far more inputs than
+    outputs are words of a bag, pixels, or what an adapter sums up, and no sign of a high rate: not all of them count.
+    """
+    rows, inputs = shape[0], math.prod(shape[1:])
+    return rows / 3.0 * max(1.0, inputs / max(MOST_INPUTS, MOST_PER_OUTPUT * rows))
 
 
 UPDATE_RATIO = Rule(
@@ -215,9 +222,10 @@ UPDATE_RATIO = Rule(
     severity="error",
     about="Steps change a layer too much, as with too high a learning rate (or nothing at all; with min, too little).",
     formula="|update| / |weights| of a layer's matrices, the largest median over an eighth of the run (the first left "
-    "out); weights smaller than d count as d = sqrt(rows / 3), their norm as torch initialises them; max-of-initial: "
-    "the same against d; min: the median over the newest part, and whether any of its steps changed anything; of an "
-    "Adam checkpoint its last update, lr * m_hat / (sqrt(v_hat) + eps)",
+    "out); weights smaller than d count as d = sqrt(rows / 3), their norm as torch initialises them (of more than 64 "
+    "inputs, at most 4 an output count); max-of-initial: the same against d; min: the median over the newest part, and "
+    "whether any of its steps changed anything; of an Adam checkpoint its last update, lr * m_hat / (sqrt(v_hat) + "
+    "eps)",
     source="Karpathy's rule of thumb, about 1e-3 of the weights; You et al. 2017 (LARS: trust ratio); Kingma & Ba 2015",
     limits=(
         Limit("max", 0.1, "largest share of its weights that a step may change of a layer"),
