@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 import gradscope
-from gradscope.comparison.comparing import compare, rate_difference
+from gradscope.comparison.change import Change, constant_change
+from gradscope.comparison.clip_rates import rate_difference
+from gradscope.comparison.comparing import compare
 from gradscope.comparison.familiar_ratios import familiar_ratios
 from gradscope.comparison.findings import bounds
 from gradscope.comparison.matched_names import match_tensors
 from gradscope.comparison.spectrum_shapes import Shape, distance
-from gradscope.comparison.unit_comparison import Change, constant_change
 from gradscope.comparison_results import ClipRate, UnitComparison
 from gradscope.differences import difference
 from gradscope.errors import GradscopeError

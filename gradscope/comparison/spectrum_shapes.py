@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.spectra_sample import Spectra
 from gradscope.spectrum import MagnitudeSpectrum
 
 FloatArray = NDArray[np.float64]
@@ -67,3 +68,24 @@ def distance(a: Shape, b: Shape) -> float | None:
     order = np.argsort(at, kind="stable")
     apart = np.cumsum(np.concatenate([one[1], -other[1]])[order])
     return float(np.abs(apart[:-1] * np.diff(at[order])).sum())
+
+
+class HalfShapes:
+    """The shape of each of ``tensors`` in the first and in the second half of ``steps``, of those that are shown."""
+
+    def __init__(self, tensors: int, steps: int) -> None:
+        self._steps = steps
+        self._halves = [[Shape(), Shape()] for _ in range(tensors)]
+        self._shown = False
+
+    def take(self, row: int, spectra: Spectra) -> None:
+        """Add the shapes of a step, as a ``SpectraSample`` shows it."""
+        self._shown = True
+        half = int(2 * row >= self._steps)
+        for halves, spectrum in zip(self._halves, spectra, strict=True):
+            if spectrum is not None:
+                halves[half] = Shape.merge([halves[half], Shape.of(spectrum)])
+
+    def halves(self) -> tuple[tuple[Shape, Shape], ...]:
+        """For each tensor its two shapes; none where no step was shown."""
+        return tuple((early, late) for early, late in self._halves) if self._shown else ()

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.comparison.change import LEVEL, ROUNDING, Change
+from gradscope.comparison.side import Side
 from gradscope.comparison.spectrum_shapes import Shape, distance
+from gradscope.comparison.units import Unit
 from gradscope.comparison_results import Both, Measure, UnitComparison, Verdict
-from gradscope.differences import Difference, difference
+from gradscope.differences import difference
 from gradscope.holm import holm
 from gradscope.spread import Spread
-from gradscope.step_table import StepTable
-from gradscope.student_t import student_probability, student_quantile
-from gradscope.tensors import TensorInfo
 
 FloatArray = NDArray[np.float64]
 
-# At this level over all units of a kind together a unit is said to differ (Holm 1979).
-LEVEL = 0.05
-# Of fewer parts of the runs nobody can tell how long they hang together: of 12 steps of a first-order autoregression
-# (0.9), 29 % of pairs would differ.  Nor is an error known with fewer degrees of freedom.
-FEWEST_PARTS = 16
-FEWEST_FREEDOM = 4.0
 # An interval that is wider than this, and holds 1, tells nothing.
 WIDEST = 100.0
-# How the difference itself wanders is told by this many parts of the runs.
-SEGMENTS = 8
 # Two runs follow each other step by step where what is new in each step is this much the same.
 LEAST_CORRELATION = 0.95
 FEWEST_PAIRED = 8
-# Sums in float64 over the same numbers in another order.
-ROUNDING = 1e-9
 # A share of zeros that moves by less is not worth a word.
 LEAST_ZEROS = 0.01
 # Cells of 1/16 octave and the bins of a trace blur a shape by about this, in octaves.
@@ -42,93 +32,7 @@ LEAST_SHAPE = 0.05
 SHAPE_FACTOR = 3.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """One source, read: arrays are [tensors], NaN where nothing is known, in the order of ``tensors``.
-
-    ``recent`` are the recent norms of an optimizer's state, or of the newest steps where the other source holds such;
-    ``shapes`` are those of the first and of the second half of the steps that were looked at.
-    """
-
-    tensors: tuple[TensorInfo, ...]
-    table: StepTable | None
-    recent: FloatArray
-    weight_norm: FloatArray
-    shapes: tuple[tuple[Shape, Shape], ...] = ()
-
-    @property
-    def finite(self) -> NDArray[np.bool_]:
-        """The steps without NaN or Inf, whose squared norm exists."""
-        assert self.table is not None
-        return np.isfinite(self.table.norms(range(len(self.tensors))))
-
-    def norms(self, members: Sequence[int]) -> FloatArray:
-        """The L2 norm of ``members`` at every step; NaN where it holds NaN or Inf, or there was no gradient."""
-        assert self.table is not None
-        here = self.finite & self.table.there(members)
-        return np.where(here, self.table.norms(members), np.nan)
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What is compared: the places of its tensors on either side."""
-
-    name: str
-    name_in_b: str
-    a: tuple[int, ...]
-    b: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """How far the logarithm of a norm differs, by the noise within the runs and by how the difference wanders."""
-
-    noise: Difference
-
-    @property
-    def change(self) -> float:
-        """The mean of log B − log A."""
-        return self.noise.change
-
-    @property
-    def known(self) -> bool:
-        """Whether there is an interval: enough independent steps, or a change that is the same throughout."""
-        if not (math.isfinite(self.noise.error) and math.isfinite(self.noise.change)):
-            return False
-        parts = sum(not math.isnan(change) for change in self.noise.changes)
-        return self.noise.error == 0.0 or (parts >= FEWEST_PARTS and self.noise.freedom >= FEWEST_FREEDOM)
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The wider of the intervals by noise within the runs and by the scatter of equal fractions of them."""
-        low, high = self.noise.interval(confidence)
-        wander, freedom = self._wander()
-        if wander > 0.0:
-            reach = student_quantile(0.5 + confidence / 2.0, freedom) * wander
-            low, high = min(low, self.change - reach), max(high, self.change + reach)
-        return low, high
-
-    @property
-    def probability(self) -> float:
-        """How likely so large a change is where there is none; NaN where there is no interval."""
-        if not self.known:
-            return math.nan
-        if abs(self.change) <= ROUNDING:
-            return 1.0
-        found = 0.0
-        if self.noise.error > 0.0:
-            found = student_probability(abs(self.change) / self.noise.error, self.noise.freedom)
-        wander, freedom = self._wander()
-        return max(found, student_probability(abs(self.change) / wander, freedom)) if wander > 0.0 else found
-
-    def _wander(self) -> tuple[float, float]:
-        changes = np.array(self.noise.changes)
-        if len(changes) < SEGMENTS or np.isnan(changes).any():
-            return 0.0, math.inf
-        segments = changes.reshape(SEGMENTS, -1).mean(axis=1)
-        return float(segments.std(ddof=1)) / math.sqrt(SEGMENTS), SEGMENTS - 1.0
-
-
-def follow_each_other(a: Reading, b: Reading, whole: Unit) -> bool:
+def follow_each_other(a: Side, b: Side, whole: Unit) -> bool:
     """Whether both hold the same steps, and the gradients change from one to the next in the same way."""
     if a.table is None or b.table is None or not np.array_equal(a.table.index, b.table.index):
         return False
@@ -143,7 +47,7 @@ def follow_each_other(a: Reading, b: Reading, whole: Unit) -> bool:
 
 
 def compare_units(
-    a: Reading, b: Reading, units: Sequence[Unit], measure: Measure, paired: bool
+    a: Side, b: Side, units: Sequence[Unit], measure: Measure, paired: bool
 ) -> tuple[list[UnitComparison], list[Change | None]]:
     """Every unit, sorted by what differs most beyond noise, and the change behind each."""
     found = [_compare(a, b, unit, measure, paired) for unit in units]
@@ -157,27 +61,13 @@ def compare_units(
     return [unit for unit, _ in told], [change for _, change in told]
 
 
-def constant_change(changes: Sequence[Change | None]) -> tuple[float, float, float] | None:
-    """The one change that all of ``changes`` allow, together at 95 %: its middle, least and most; None: there is none.
-
-    The intervals are simultaneous (Bonferroni); what they all hold is what is left of each.
-    """
-    known = [change for change in changes if change is not None and change.known]
-    if not known:
-        return None
-    confidence = 1.0 - LEVEL / len(known)
-    intervals = [change.interval(confidence) for change in known]
-    low, high = max(low for low, _ in intervals), min(high for _, high in intervals)
-    return ((low + high) / 2.0, low, high) if low <= high else None
-
-
 def _logs(norms: FloatArray) -> FloatArray:
     """Natural logarithms, NaN where a norm is zero or not known."""
     return np.log(norms, out=np.full(norms.shape, np.nan), where=norms > 0.0)
 
 
 def _compare(
-    a: Reading, b: Reading, unit: Unit, measure: Measure, paired: bool
+    a: Side, b: Side, unit: Unit, measure: Measure, paired: bool
 ) -> tuple[UnitComparison, Change | None, Change | None]:
     """The unit, the change of its norm, and that of its share of zeros."""
     change, zeros_change = None, None
@@ -198,7 +88,7 @@ def _joined(norms: FloatArray, members: Sequence[int]) -> float:
     return float(np.sqrt(np.square(known).sum())) if len(known) else math.nan
 
 
-def _numbers(a: Reading, b: Reading, unit: Unit, measure: Measure) -> UnitComparison:
+def _numbers(a: Side, b: Side, unit: Unit, measure: Measure) -> UnitComparison:
     """One number on each side, and no noise known."""
     arrays = (a.recent, b.recent) if measure == "recent_norm" else (a.weight_norm, b.weight_norm)
     one, other = _joined(arrays[0], unit.a), _joined(arrays[1], unit.b)
@@ -230,7 +120,7 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _series(a: Reading, b: Reading, unit: Unit, paired: bool) -> tuple[UnitComparison, Change | None, Change | None]:
+def _series(a: Side, b: Side, unit: Unit, paired: bool) -> tuple[UnitComparison, Change | None, Change | None]:
     assert a.table is not None and b.table is not None
     norms = (a.norms(unit.a), b.norms(unit.b))
     known = [series[~np.isnan(series)] for series in norms]
@@ -243,10 +133,9 @@ def _series(a: Reading, b: Reading, unit: Unit, paired: bool) -> tuple[UnitCompa
     ratios = [
         _known(table.update_ratio(members) or math.nan) for table, members in ((a.table, unit.a), (b.table, unit.b))
     ]
-    totals = [float(np.nansum(np.square(side.norms(range(len(side.tensors)))))) for side in (a, b)]
     shares = [
-        float(np.square(series).sum()) / total if total > 0.0 else math.nan
-        for series, total in zip(known, totals, strict=True)
+        float(np.square(series).sum()) / side.total if side.total > 0.0 else math.nan
+        for series, side in zip(known, (a, b), strict=True)
     ]
     return (
         UnitComparison(
@@ -286,7 +175,7 @@ def _exponentials(bounds: tuple[float, float]) -> tuple[float, float]:
     ] < 709.0 else math.inf
 
 
-def _zeros(a: Reading, b: Reading, unit: Unit) -> tuple[FloatArray, FloatArray] | None:
+def _zeros(a: Side, b: Side, unit: Unit) -> tuple[FloatArray, FloatArray] | None:
     """The share of zeros at every step at which there is a gradient, on both sides."""
     found = []
     for side, members in ((a, unit.a), (b, unit.b)):
@@ -303,7 +192,7 @@ def _zeros_differ(unit: UnitComparison, beyond_noise: bool) -> bool:
     return beyond_noise and unit.zeros is not None and abs(unit.zeros.b - unit.zeros.a) >= LEAST_ZEROS
 
 
-def _shapes(a: Reading, b: Reading, unit: Unit) -> tuple[float | None, float | None]:
+def _shapes(a: Side, b: Side, unit: Unit) -> tuple[float | None, float | None]:
     """How far the shapes are apart, and how far the halves of one side are from each other."""
     if not a.shapes or not b.shapes:
         return None, None
@@ -316,7 +205,7 @@ def _shapes(a: Reading, b: Reading, unit: Unit) -> tuple[float | None, float | N
     return apart, max(d for d in own if d is not None) if None not in own else None
 
 
-def _same(a: Reading, b: Reading, unit: Unit) -> bool:
+def _same(a: Side, b: Side, unit: Unit) -> bool:
     """Whether all numbers of the unit are the same on both sides, step by step."""
     one, other = a.table, b.table
     assert one is not None and other is not None
