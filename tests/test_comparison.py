@@ -292,6 +292,48 @@ def test_nonfinite_steps_are_counted_and_left_out() -> None:
     assert comparison.verdict == "within noise"
 
 
+def test_runs_without_a_finite_step_are_told_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    broken = steps_of(3, n=20)
+    for step in broken:
+        step["head.bias"][0] = np.nan
+    comparison = compare(InMemorySource(broken), InMemorySource(broken))
+    assert (comparison.nonfinite_steps.a, comparison.nonfinite_steps.b) == (20, 20)
+    assert comparison.overall is not None and comparison.overall.ratio is None
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
+
+def test_updates_of_zero_are_known_to_be_zero() -> None:
+    def run(update: float) -> RecordedSource:
+        return RecordedSource(steps_of(1), updates={f"{layer}.weight": (2.0, update) for layer in LAYERS})
+
+    comparison = compare(run(0.0), run(0.1))
+    for unit in comparison.tensors:
+        if unit.name.endswith("weight"):
+            assert unit.update_ratio is not None
+            assert (unit.update_ratio.a, unit.update_ratio.b) == (0.0, pytest.approx(0.05))
+
+
+def test_norms_at_both_ends_of_float64_are_compared() -> None:
+    steps = [{"a.w": np.array([size])} for size in np.exp(np.random.default_rng(0).normal(0, 0.1, 64))]
+    tiny, huge = ([{"a.w": step["a.w"] * scale} for step in steps] for scale in (1e-161, 1e153))
+    comparison = compare(InMemorySource(tiny), InMemorySource(huge))
+    assert comparison.overall is not None
+    assert comparison.overall.ratio == math.inf
+    assert comparison.verdict == "differs"
+
+
+def test_zeros_are_compared_where_they_lie() -> None:
+    # In half of its run either side has more zeros, at a step that counts for nothing because of a NaN elsewhere.
+    a, b = (
+        [{"a.w": np.array([1.0] * 8) * (np.arange(8) >= (4 if i >= 32 else 0)), "b.w": np.ones(2)} for i in range(64)]
+        for _ in range(2)
+    )
+    for step in b[:32:2]:
+        step["b.w"] = np.array([np.nan, 1.0])
+    comparison = compare(InMemorySource(a), InMemorySource(b))
+    assert not by_name(comparison.layers)["a"].zeros_differ
+
+
 def test_a_layer_that_died_differs() -> None:
     dead = steps_of(2)
     for step in dead:

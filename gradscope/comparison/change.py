@@ -72,6 +72,11 @@ class Change:
         return float(segments.std(ddof=1)) / math.sqrt(SEGMENTS), SEGMENTS - 1.0
 
 
+def factor(change: float) -> float:
+    """The ratio whose logarithm is ``change``; infinite where no float64 holds it."""
+    return math.exp(change) if change < 709.0 else math.inf
+
+
 def constant_change(changes: Sequence[Change | None]) -> tuple[float, float, float] | None:
     """The one change that all of ``changes`` allow, together at 95 %: its middle, least and most; None: there is none.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradscope.comparison.change import Change, constant_change
+from gradscope.comparison.change import Change, constant_change, factor
 from gradscope.comparison.familiar_ratios import EXACT, familiar_ratios
 from gradscope.comparison.matched_names import MatchedTensors
 from gradscope.comparison.side import Side
@@ -44,7 +44,7 @@ def constant_ratio(
         return None
     if not all(unit.verdict == "differs" for unit in units):
         return None
-    ratio, low, high = (math.exp(change) for change in common)
+    ratio, low, high = map(factor, common)
     explanations = familiar_ratios(ratio, low, high, ranks)
     power = 2.0 ** round(math.log2(ratio))
     if not explanations and power != 1.0 and abs(math.log(ratio / power)) <= math.log(SEEDS):
@@ -70,7 +70,7 @@ def _exact_ratio(a: Side, b: Side, matched: MatchedTensors, measure: Measure) ->
     there = (norms[0] > 0.0) & (norms[1] > 0.0)
     if np.count_nonzero(there) < 2:
         return None
-    ratios = norms[1][there] / norms[0][there]
-    middle = float(np.median(ratios))
-    near = np.abs(ratios / middle - 1.0) <= EXACT
-    return middle if near.mean() >= NEARLY_ALL else None
+    changes = np.log(norms[1][there]) - np.log(norms[0][there])
+    middle = float(np.median(changes))
+    near = np.abs(changes - middle) <= EXACT
+    return factor(middle) if near.mean() >= NEARLY_ALL else None

@@ -1,4 +1,4 @@
-"""Two readings, unit by unit: how far a tensor, a layer, a clip group or everything lies apart, and beyond noise."""
+"""Two sides, unit by unit: how far a tensor, a layer, a clip group or everything lies apart, and beyond noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.comparison.change import LEVEL, ROUNDING, Change
+from gradscope.comparison.change import LEVEL, ROUNDING, Change, factor
 from gradscope.comparison.side import Side
 from gradscope.comparison.spectrum_shapes import Shape, distance
 from gradscope.comparison.units import Unit
@@ -37,9 +37,12 @@ def follow_each_other(a: Side, b: Side, whole: Unit) -> bool:
     if a.table is None or b.table is None or not np.array_equal(a.table.index, b.table.index):
         return False
     logs = [_logs(side.norms(members)) for side, members in ((a, whole.a), (b, whole.b))]
-    if np.nanmax(np.abs(logs[0] - logs[1] - np.nanmedian(logs[0] - logs[1])), initial=0.0) <= ROUNDING:
-        return bool(np.isfinite(logs[0] - logs[1]).any())
     known = np.isfinite(logs[0]) & np.isfinite(logs[1])
+    if not known.any():
+        return False
+    apart = logs[0][known] - logs[1][known]
+    if np.abs(apart - np.median(apart)).max() <= ROUNDING:
+        return True
     steps = [np.diff(series[known]) for series in logs]
     if len(steps[0]) < FEWEST_PAIRED or not (steps[0].std() > 0.0 and steps[1].std() > 0.0):
         return False
@@ -128,37 +131,24 @@ def _series(a: Side, b: Side, unit: Unit, paired: bool) -> tuple[UnitComparison,
     noise = difference(np.where(np.isnan(other - one), np.nan, 0.0), other - one) if paired else difference(one, other)
     change = Change(noise)
     shown = not math.isnan(change.change)
-    zeros = _zeros(a, b, unit)
-    shape, floor = _shapes(a, b, unit)
-    ratios = [
-        _known(table.update_ratio(members) or math.nan) for table, members in ((a.table, unit.a), (b.table, unit.b))
-    ]
-    shares = [
-        float(np.square(series).sum()) / side.total if side.total > 0.0 else math.nan
-        for series, side in zip(known, (a, b), strict=True)
-    ]
-    return (
-        UnitComparison(
-            name=unit.name,
-            name_in_b=unit.name_in_b,
-            typical=Both(_typical(one, known[0]), _typical(other, known[1])),
-            ratio=math.exp(change.change) if shown else None,
-            ratio_ci95=_exponentials(change.interval()) if shown and change.known else None,
-            p_value=change.probability if shown and change.known else None,
-            verdict="identical" if _same(a, b, unit) else "unknown",
-            effective_steps=Both(*noise.effective) if shown else None,
-            steps=Both(len(known[0]), len(known[1])),
-            l2_norm=Both(Spread.of(known[0]), Spread.of(known[1])),
-            share=_shares(shares),
-            zeros=None if zeros is None else Both(float(zeros[0].mean()), float(zeros[1].mean())),
-            update_ratio=Both(*ratios) if None not in ratios else None,  # type: ignore[arg-type]
-            shape_distance=shape,
-            shape_noise=floor,
-            shape_differs=shape is not None and floor is not None and shape > max(LEAST_SHAPE, SHAPE_FACTOR * floor),
-        ),
-        change if shown else None,
-        None if zeros is None else Change(difference(zeros[0], zeros[1])),
+    interval = change.interval() if change.known else None
+    compared = UnitComparison(
+        name=unit.name,
+        name_in_b=unit.name_in_b,
+        typical=Both(_typical(one, known[0]), _typical(other, known[1])),
+        ratio=factor(change.change) if shown else None,
+        ratio_ci95=None if interval is None else (factor(interval[0]), factor(interval[1])),
+        p_value=change.probability if change.known else None,
+        verdict="identical" if _same(a, b, unit) else "unknown",
+        effective_steps=Both(*noise.effective) if shown else None,
+        steps=Both(len(known[0]), len(known[1])),
+        l2_norm=Both(Spread.of(known[0]), Spread.of(known[1])),
+        share=_shares([_share(series, side.total) for series, side in zip(known, (a, b), strict=True)]),
+        update_ratio=_both(a.table.update_ratio(unit.a), b.table.update_ratio(unit.b)),
     )
+    zeros = _zeros(a, unit.a), _zeros(b, unit.b)
+    compared = _with_shapes(replace(compared, zeros=_both(*map(_mean, zeros))), a, b, unit)
+    return compared, change if shown else None, None if compared.zeros is None else Change(difference(*zeros))
 
 
 def _typical(logs: FloatArray, norms: FloatArray) -> float | None:
@@ -169,40 +159,46 @@ def _typical(logs: FloatArray, norms: FloatArray) -> float | None:
     return 0.0 if len(norms) else None
 
 
-def _exponentials(bounds: tuple[float, float]) -> tuple[float, float]:
-    return math.exp(bounds[0]) if bounds[0] < 709.0 else math.inf, math.exp(bounds[1]) if bounds[
-        1
-    ] < 709.0 else math.inf
+def _share(norms: FloatArray, total: float) -> float:
+    return float(np.square(norms).sum()) / total if total > 0.0 else math.nan
 
 
-def _zeros(a: Side, b: Side, unit: Unit) -> tuple[FloatArray, FloatArray] | None:
-    """The share of zeros at every step at which there is a gradient, on both sides."""
-    found = []
-    for side, members in ((a, unit.a), (b, unit.b)):
-        assert side.table is not None
-        numel = sum(side.tensors[i].numel for i in members)
-        here = side.finite & side.table.present[:, list(members)].all(axis=1)
-        if not numel or not here.any():
-            return None
-        found.append(side.table.zeros[here][:, list(members)].sum(axis=1) / numel)
-    return found[0], found[1]
+def _mean(series: FloatArray) -> float | None:
+    """Of what is known; None where nothing is."""
+    known = series[~np.isnan(series)]
+    return float(known.mean()) if len(known) else None
+
+
+def _both(a: float | None, b: float | None) -> Both[float] | None:
+    return None if a is None or b is None else Both(a, b)
+
+
+def _zeros(side: Side, members: Sequence[int]) -> FloatArray:
+    """The share of zeros, float64 [steps]; NaN at steps at which not all of ``members`` have a finite gradient."""
+    assert side.table is not None
+    places = list(members)
+    numel = sum(side.tensors[i].numel for i in places)
+    here = side.finite & side.table.present[:, places].all(axis=1)
+    return np.where(here & (numel > 0), side.table.zeros[:, places].sum(axis=1) / max(1, numel), np.nan)
 
 
 def _zeros_differ(unit: UnitComparison, beyond_noise: bool) -> bool:
     return beyond_noise and unit.zeros is not None and abs(unit.zeros.b - unit.zeros.a) >= LEAST_ZEROS
 
 
-def _shapes(a: Side, b: Side, unit: Unit) -> tuple[float | None, float | None]:
-    """How far the shapes are apart, and how far the halves of one side are from each other."""
+def _with_shapes(unit: UnitComparison, a: Side, b: Side, places: Unit) -> UnitComparison:
+    """``unit`` with how far its shapes are apart, and how far the halves of one side are from each other."""
     if not a.shapes or not b.shapes:
-        return None, None
+        return unit
     halves = [
         [Shape.merge(side.shapes[i][half] for i in members) for half in (0, 1)]
-        for side, members in ((a, unit.a), (b, unit.b))
+        for side, members in ((a, places.a), (b, places.b))
     ]
     apart = distance(Shape.merge(halves[0]), Shape.merge(halves[1]))
     own = [distance(*pair) for pair in halves]
-    return apart, max(d for d in own if d is not None) if None not in own else None
+    noise = max(d for d in own if d is not None) if None not in own else None
+    differ = apart is not None and noise is not None and apart > max(LEAST_SHAPE, SHAPE_FACTOR * noise)
+    return replace(unit, shape_distance=apart, shape_noise=noise, shape_differs=differ)
 
 
 def _same(a: Side, b: Side, unit: Unit) -> bool:
@@ -235,14 +231,10 @@ def _judged(unit: UnitComparison, change: Change | None, apart: bool, zeros_diff
         same = change.noise.error == 0.0 and abs(change.change) <= ROUNDING and unit.steps != Both(1, 1)
         # A log of norms says no more of a unit than that its norm is the same at every step.
         verdict = "differs" if apart else "identical" if same and unit.zeros is None else "within noise"
-    if (
-        verdict == "unknown"
-        and unit.steps is not None
-        and unit.ratio is None
-        and None not in (unit.typical.a, unit.typical.b)
-    ):
+    if verdict == "unknown" and unit.ratio is None and unit.steps is not None and min(unit.steps.a, unit.steps.b) > 1:
         # Zero at every step of one side, and not of the other.
-        verdict = "differs" if (unit.typical.a or unit.typical.b) and min(unit.steps.a, unit.steps.b) > 1 else "unknown"
+        alone = None not in (unit.typical.a, unit.typical.b) and bool(unit.typical.a or unit.typical.b)
+        verdict = "differs" if alone else "unknown"
     return replace(unit, verdict=verdict, zeros_differ=zeros_differ)
 
 
