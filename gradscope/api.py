@@ -169,18 +169,13 @@ def check(
 
     from gradscope.backward.options import batch_options
     from gradscope.health import checking
-    from gradscope.health.settings import CheckSettings, settings_of
+    from gradscope.health.project_settings import settings_of
+    from gradscope.health.settings import CheckSettings
     from gradscope.project_file import read_project
 
     settings = CheckSettings() if config is None else settings_of(read_project(Path(config)))
-    for key, value in (rules or {}).items():
-        settings = settings.with_rule(key, value)
     settings = settings.with_choice(
-        select=[select] if isinstance(select, str) else select,
-        ignore=[ignore] if isinstance(ignore, str) else ignore,
-        strict=strict,
-        fail_on=fail_on,
-        baseline=None if baseline is None else Path(baseline),
+        rules=rules or {}, select=select, ignore=ignore, strict=strict, fail_on=fail_on, baseline=baseline
     )
     captured = batch_options(
         batch,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gradscope.errors import GradscopeError
 from gradscope.health.catalogue import RULES
 from gradscope.health.checking import chosen_rules, rule_texts
-from gradscope.health.settings import CheckSettings, project_settings
+from gradscope.health.project_settings import project_settings
+from gradscope.health.settings import CheckSettings
 
 NAMES = [rule.name for rule in RULES]
 
@@ -88,7 +89,7 @@ def test_without_settings_the_defaults_hold(tmp_path: Path, text: str) -> None:
 
 
 def test_no_project_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradscope.health.settings.nearest_project", lambda directory: None)
+    monkeypatch.setattr("gradscope.health.project_settings.nearest_project", lambda directory: None)
     assert project_settings(tmp_path) == CheckSettings()
 
 

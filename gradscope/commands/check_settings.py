@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from gradscope.errors import GradscopeError
-from gradscope.health.settings import CheckSettings, find_rule, project_settings
+from gradscope.health.project_settings import project_settings
+from gradscope.health.rule_names import find_rule
+from gradscope.health.settings import CheckSettings
 
 
 def asked_settings(
@@ -41,7 +42,7 @@ def asked_settings(
         ignore=_rule_names("--ignore", ignore or ()),
         strict=strict,
         fail_on=fail_on,
-        baseline=None if baseline is None else Path(baseline),
+        baseline=baseline,
     )
 
 

@@ -76,9 +76,12 @@ class HealthCheck:
         """
         __tracebackhide__ = True
         from gradscope.errors import GradscopeError
+        from gradscope.health.project_settings import project_settings
 
         try:
-            settings = _settings(self._root, rules or {}, select, ignore, strict, fail_on, baseline)
+            settings = project_settings(self._root).with_choice(
+                rules=rules or {}, select=select, ignore=ignore, strict=strict, fail_on=fail_on, baseline=baseline
+            )
             if batch is None and loss is None:
                 for name, given in (("optimizer", optimizer), ("minibatch_size", minibatch_size)):
                     if given is not None:
@@ -93,29 +96,6 @@ class HealthCheck:
             self._checks.append(check)
             return check
         raise told
-
-
-def _settings(
-    root: Path,
-    rules: Mapping[str, float | str],
-    select: Iterable[str] | None,
-    ignore: Iterable[str],
-    strict: bool | None,
-    fail_on: str | None,
-    baseline: str | os.PathLike[str] | None,
-) -> CheckSettings:
-    from gradscope.health.settings import project_settings
-
-    settings = project_settings(root)
-    for key, value in rules.items():
-        settings = settings.with_rule(key, value)
-    return settings.with_choice(
-        select=[select] if isinstance(select, str) else select,
-        ignore=[ignore] if isinstance(ignore, str) else ignore,
-        strict=strict,
-        fail_on=fail_on,
-        baseline=None if baseline is None else Path(baseline),
-    )
 
 
 def _check_source(source: Any, settings: CheckSettings) -> Check:
