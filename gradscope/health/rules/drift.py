@@ -21,65 +21,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gradscope.check_results import Reading
-from gradscope.differences import Course
 from gradscope.health.baselines import Baseline
 from gradscope.health.evidence import Evidence
+from gradscope.health.layer_changes import EVERYWHERE, LayerChange, layer_changes
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
-from gradscope.health.run_courses import LayerCourses, RunCourses
+from gradscope.health.run_courses import RunCourses
 from gradscope.holm import holm
 from gradscope.layer_series import QUANTITIES, Quantity
 from gradscope.notation import called, count, names, number, percent, setting
 from gradscope.printable import printable
-from gradscope.student_t import student_probability, student_quantile
-
-FloatArray = NDArray[np.float64]
 
 # Fewer steps have no course.
 FEWEST_STEPS = 16
 # Equal fractions of runs of very different lengths are no longer the same part of a training.
 LARGEST_STEPS_RATIO = 2.0
-# The assumed spread between seeds counts as much as what this many further runs say of a layer.
-ASSUMED_RUNS = 4.0
-# It is known no better than from about as many pairs of runs.
-ASSUMED_FREEDOM = 30.0
-# The layers of a network do not vary by themselves.
-LAYERS_PER_FREEDOM = 3.0
-# Of fewer fractions of a run no scatter is known.
-FEWEST_FRACTIONS = 4
 # Of a clip rate whose steps are too few, or hang together too much, for an interval.
 WIDEST_HALF = 0.25
-# Fewer layers have no typical one.
-FEWEST_LAYERS = 3
-EVERYWHERE = "most layers"
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """One quantity of one layer against the baseline; ``spread`` is the standard deviation expected of it."""
-
-    where: str
-    quantity: Quantity
-    change: float
-    margin: float
-    spread: float
-    freedom: float
-
-    def probability(self) -> float:
-        """Of so large a change, where in truth it is no larger than the margin."""
-        beyond = abs(self.change) - self.margin
-        if beyond <= 0.0:
-            return 1.0
-        return student_probability(beyond / self.spread, self.freedom) / 2.0 if self.spread > 0.0 else 0.0
-
-    def reach(self, alpha: float) -> float:
-        """The largest change that passes a test of this size by itself."""
-        return self.margin + student_quantile(1.0 - min(alpha, 0.5), self.freedom) * self.spread
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
@@ -97,7 +58,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     why = _not_comparable(run, baseline)
     if why is not None:
         return Verdict.cannot_tell(why)
-    everywhere, layers = _changes(run, baseline, limits)
+    everywhere, layers = layer_changes(run, baseline, limits.number("ratio"), _assumed_spreads(limits))
     if not layers:
         return Verdict.cannot_tell("the baseline and this run have no measured quantity in common")
     # Half of alpha for the network as a whole, of which little is tested, half for its layers.
@@ -123,107 +84,27 @@ def _not_comparable(run: RunCourses, baseline: Baseline) -> str | None:
     return None
 
 
-def _changes(run: RunCourses, baseline: Baseline, limits: Limits) -> tuple[list[_Change], list[_Change]]:
-    """What is tested: of the typical layer, and of each."""
-    everywhere, layers = [], []
-    margin = math.log(limits.number("ratio"))
-    for quantity in QUANTITIES:
-        # Adaptive optimizers take the size out of a gradient, which in reinforcement learning goes with the rewards.
-        spread = "update-spread" if quantity in ("update", "update-ratio") else "seed-spread"
-        assumed = math.log(limits.number(spread)) ** 2
-        found = {
-            name: changes
-            for name, layer in run.layers.items()
-            if name in baseline.runs[0].layers
-            and (changes := _against(layer, [r.layers[name] for r in baseline.runs], quantity)) is not None
-        }
-        if not found:
-            continue
-        further = len(baseline.runs) - 1
-        own = {name: _variance_between(changes) for name, changes in found.items()}
-        weight = further * len(found) / LAYERS_PER_FREEDOM
-        pooled = (ASSUMED_RUNS * assumed + weight * float(np.mean(list(own.values())))) / (ASSUMED_RUNS + weight)
-        freedom = ASSUMED_FREEDOM + weight
-        means = {name: np.asarray(changes.mean(axis=0)) for name, changes in found.items()}
-        for name, mean in means.items():
-            variance = (ASSUMED_RUNS * pooled + further * own[name]) / (ASSUMED_RUNS + further)
-            layers.append(_change(name, quantity, mean, margin, variance * (1.0 + 1.0 / (1 + further)), freedom))
-        if len(found) >= FEWEST_LAYERS:
-            # What differs at random from layer to layer is not there in the typical one.
-            typical = _typical(list(means.values()))
-            variance = pooled * (1.0 + 1.0 / (1 + further))
-            everywhere.append(_change(EVERYWHERE, quantity, typical, margin / 2.0, variance, freedom))
-    return everywhere, layers
+def _assumed_spreads(limits: Limits) -> dict[Quantity, float]:
+    # Adaptive optimizers take the size out of a gradient, which in reinforcement learning goes with the rewards.
+    updates, others = limits.number("update-spread"), limits.number("seed-spread")
+    return {quantity: updates if quantity in ("update", "update-ratio") else others for quantity in QUANTITIES}
 
 
-def _against(layer: LayerCourses, usual: Sequence[LayerCourses], quantity: Quantity) -> FloatArray | None:
-    """How far the layer lies above each run of the baseline, [runs, fractions]; NaN where any is not known."""
-    if quantity not in layer.courses or any(quantity not in other.courses for other in usual):
-        return None
-    courses = [layer.courses[quantity], *(other.courses[quantity] for other in usual)]
-    fractions = min(len(course.means) for course in courses)
-    here, *others = (course.coarser(fractions) for course in courses)
-    changes = here - np.array(others)
-    changes[:, np.isnan(changes).any(axis=0)] = math.nan
-    return None if np.isnan(changes).all() else changes
-
-
-def _typical(means: Sequence[FloatArray]) -> FloatArray:
-    """The median over the layers, in each fraction that is known of all."""
-    fractions = min(len(changes) for changes in means)
-    coarse = np.array([Course(tuple(changes.tolist()), 0.0).coarser(fractions) for changes in means])
-    return np.asarray(np.median(coarse, axis=0))
-
-
-def _variance_between(changes: FloatArray) -> float:
-    """The variance between the runs of the baseline, from what the run differs from each; 0 for one run."""
-    return float(np.nanmean(changes, axis=1).var(ddof=1)) if len(changes) > 1 else 0.0
-
-
-def _change(
-    where: str, quantity: Quantity, changes: FloatArray, margin: float, variance: float, freedom: float
-) -> _Change:
-    """A change with what is expected of it, ``variance`` being that between seeds.
-
-    The noise within the runs is what scatters from one fraction to the next (von Neumann 1941, the mean square
-    successive difference).  Slower wanderings are how seeds differ, and would hide a change that comes with time.
-    """
-    known = changes[~np.isnan(changes)]
-    if len(known) < FEWEST_FRACTIONS:
-        return _Change(where, quantity, math.nan, margin, math.inf, freedom)
-    noise = float(np.square(np.diff(known)).mean()) / 2.0 / len(known)
-    # Successive differences are worth two thirds of as many values.
-    doubt = variance**2 / freedom + noise**2 / (2.0 / 3.0 * (len(known) - 1))
-    total = variance + noise
-    freedom = total**2 / doubt if doubt > 0.0 else math.inf
-    return _Change(where, quantity, float(known.mean()), margin, math.sqrt(total), freedom)
-
-
-def _readings(evidence: Evidence, tested: Sequence[_Change], alpha: float) -> list[Reading]:
+def _readings(evidence: Evidence, tested: Sequence[LayerChange], alpha: float) -> list[Reading]:
     """One for each place at which something has drifted (Holm 1979), the worst first."""
-    drifted: dict[str, list[_Change]] = {}
-    known = [change for change in tested if math.isfinite(change.change) and math.isfinite(change.spread)]
-    for change, fell in zip(known, holm([change.probability() for change in known], alpha), strict=True):
+    drifted: dict[str, list[LayerChange]] = {}
+    known = [change for change in tested if change.known]
+    for change, fell in zip(known, holm([change.probability for change in known], alpha), strict=True):
         if fell:
             drifted.setdefault(change.where, []).append(change)
     each = alpha / max(1, len(known))
-    worst = [max(changes, key=_excess) for changes in drifted.values()]
-    worst.sort(key=_excess, reverse=True)
+    worst = [max(changes, key=lambda change: change.excess) for changes in drifted.values()]
+    worst.sort(key=lambda change: change.excess, reverse=True)
     return [_reading(evidence, change, each, [c for c in drifted[change.where] if c is not change]) for change in worst]
 
 
-def _excess(change: _Change) -> float:
-    beyond = abs(change.change) - change.margin
-    return beyond / change.spread if change.spread > 0.0 else math.copysign(math.inf, beyond)
-
-
-def _nearest(evidence: Evidence, families: Sequence[tuple[Sequence[_Change], float]]) -> Reading:
-    tried = [
-        (change, alpha / max(1, len(tested)))
-        for tested, alpha in families
-        for change in tested
-        if math.isfinite(change.change) and math.isfinite(change.spread)
-    ]
+def _nearest(evidence: Evidence, families: Sequence[tuple[Sequence[LayerChange], float]]) -> Reading:
+    tried = [(change, alpha / max(1, len(tested))) for tested, alpha in families for change in tested if change.known]
     if not tried:
         return _said(evidence, None, "too little is known of the layers to tell drift from noise.")
     return _reading(
@@ -231,7 +112,7 @@ def _nearest(evidence: Evidence, families: Sequence[tuple[Sequence[_Change], flo
     )
 
 
-def _reading(evidence: Evidence, change: _Change, alpha: float, others: Sequence[_Change]) -> Reading:
+def _reading(evidence: Evidence, change: LayerChange, alpha: float, others: Sequence[LayerChange]) -> Reading:
     times, reach = math.exp(change.change), math.exp(min(change.reach(alpha), 700.0))
     where = "Across the layers the" if change.where == EVERYWHERE else f"{called(printable(change.where))}: the"
     also = f" (also the {names([QUANTITIES[other.quantity] for other in others])})" if others else ""
