@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gradscope.differences import Course
 from gradscope.gradients import GradientSource
 from gradscope.health.baselines import Baseline
 from gradscope.health.evidence import Evidence
@@ -189,3 +190,14 @@ def test_what_cannot_be_compared_is_skipped_with_a_reason() -> None:
     assert "at least 16 steps are needed" in str(against([memory(0, steps=8)], memory(1, steps=8)).skipped)
     checkpoint = replace(Evidence.gather(HEALTHY[0]), table=None, baseline=Baseline("b", (run(HEALTHY[0]),)))
     assert "one moment" in str(DRIFT.judge(checkpoint, Limits(DRIFT.defaults())).skipped)
+
+
+@pytest.mark.parametrize("logarithm", [9e3, -9e3])
+def test_a_baseline_of_numbers_that_no_run_has_is_judged_all_the_same(logarithm: float) -> None:
+    made_up = run(memory(1))
+    courses = {"norm": Course((logarithm,) * 64, 64.0)}
+    layers = {name: replace(layer, courses=courses) for name, layer in made_up.layers.items()}
+    evidence = replace(Evidence.gather(memory(0)), baseline=Baseline("b.json", (replace(made_up, layers=layers),)))
+    verdict = DRIFT.judge(evidence, Limits(DRIFT.defaults()))
+    assert len(verdict.violations) == LAYERS + 1
+    assert all(reading.value is not None and reading.value > 1e100 for reading in verdict.violations)

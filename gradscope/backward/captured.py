@@ -19,6 +19,7 @@ from gradscope.sources.formats.contents import read_contents
 from gradscope.sources.formats.safetensors_files import CAPTURED_BATCH
 from gradscope.sources.formats.tree import Tree, UnreadableTensor, named_leaves
 from gradscope.sources.stored import StoredTensor
+from gradscope.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -77,17 +78,11 @@ def write_batch(path: str | os.PathLike[str], columns: Mapping[str, NDArray[Any]
         {name: np.ascontiguousarray(column) for name, column in columns.items()},
         {CAPTURED_BATCH: json.dumps(dict(metadata), sort_keys=True)},
     )
-    target = os.path.realpath(path)
-    temporary = f"{target}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "xb") as out:
+        with whole_file(path) as out:
             out.write(content)
-        os.replace(temporary, target)
     except OSError as error:
         raise GradscopeError(str(path), error.strerror or "cannot be written") from None
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
 
 
 def _metadata(text: str | None, what: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from gradscope.commands.overwriting import refuse_overwriting
 from gradscope.errors import GradscopeError
 from gradscope.printable import printable
+from gradscope.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,7 +143,8 @@ def _write_to_file(path: str, text: str) -> None:
         if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
             _write_to_device(path, text)
             return
-        _replace(os.path.realpath(path), text)
+        with whole_file(path) as out:
+            out.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise GradscopeError(f"-o {path}", error.strerror or str(error)) from None
 
@@ -153,14 +155,3 @@ def _write_to_device(path: str, text: str) -> None:
     os.set_blocking(descriptor, True)
     with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
         out.write(text)
-
-
-def _replace(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as out:
-            out.write(text)
-        os.replace(temporary, path)
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
 from gradscope.errors import GradscopeError
+from gradscope.whole_file import whole_file
 
 
 @contextmanager
@@ -17,16 +17,10 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
     Raises GradscopeError where ``path`` is something else than a file, or the file cannot be written.
     """
-    target = os.path.realpath(path)
-    temporary = f"{target}.{os.getpid()}.tmp"
     try:
-        if os.path.exists(target) and not stat.S_ISREG(os.stat(target).st_mode):
+        if os.path.exists(path) and not os.path.isfile(path):
             raise GradscopeError(f"-o {path}", "is not a regular file")
-        with open(temporary, "xb") as out:
+        with whole_file(path) as out:
             yield out
-        os.replace(temporary, target)
     except OSError as error:
         raise GradscopeError(f"-o {path}", error.strerror or str(error)) from None
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from gradscope.differences import MOST_FRACTIONS, Course
 from gradscope.errors import GradscopeError
 from gradscope.health.run_courses import Clipping, LayerCourses, RunCourses
 from gradscope.layer_series import QUANTITIES, Quantity
+from gradscope.whole_file import whole_file
 
 if TYPE_CHECKING:
     from gradscope.health.evidence import Evidence
@@ -51,24 +51,16 @@ def save_baseline(path: Path, evidences: Sequence[Evidence]) -> None:
             )
         if runs and set(run.layers) != set(runs[0].layers):
             raise GradscopeError(run.path, f"is not of the same layers as {runs[0].path}: one baseline is of one model")
-        same = next((other for other in runs if _told(other) == _told(run)), None)
-        if same is not None:
-            raise GradscopeError(run.path, f"is the run of {same.path} again: a baseline is of different seeds")
         runs.append(run)
     if not 1 <= len(runs) <= MOST_RUNS:
         raise GradscopeError(str(path), f"a baseline is of 1 to {MOST_RUNS} runs, not of {len(runs)}")
-    text = json.dumps({"schema": SCHEMA, "runs": [_run_as_json(run) for run in runs]}, allow_nan=False)
-    target = os.path.realpath(path)
-    temporary = f"{target}.{os.getpid()}.tmp"
+    told = [_run_as_json(run) for run in runs]
+    _refuse_twins(told)
+    text = json.dumps({"schema": SCHEMA, "runs": told}, allow_nan=False)
     try:
-        _refuse_device(target, path)
-        try:
-            with open(temporary, "x", encoding="utf-8") as out:
-                out.write(text + "\n")
-            os.replace(temporary, target)
-        finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
+        _refuse_device(path)
+        with whole_file(path) as out:
+            out.write(f"{text}\n".encode())
     except OSError as error:
         raise GradscopeError(str(path), (error.strerror or str(error)).lower()) from None
 
@@ -79,7 +71,7 @@ def read_baseline(path: Path) -> Baseline:
     Raises GradscopeError where it cannot be read, or is anything else.
     """
     try:
-        _refuse_device(os.fspath(path), path)
+        _refuse_device(path)
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -96,9 +88,9 @@ def read_baseline(path: Path) -> Baseline:
         raise GradscopeError(str(path), f"is no baseline: {error}", _HOW) from None
 
 
-def _refuse_device(file: str, path: Path) -> None:
+def _refuse_device(path: Path) -> None:
     """A pipe that nobody writes to would be waited for, and a device replaced.  A directory fails by itself."""
-    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise GradscopeError(str(path), "is not a regular file")
 
 
@@ -109,9 +101,13 @@ class _UnlikeError(Exception):
     """What is read is not what a baseline holds."""
 
 
-def _told(run: RunCourses) -> dict[str, Any]:
-    """What is kept of a run, wherever it lies."""
-    return {**_run_as_json(run), "path": ""}
+def _refuse_twins(runs: Sequence[Mapping[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for run in runs:
+        content = json.dumps({**run, "path": ""})
+        if content in seen:
+            raise GradscopeError(run["path"], f"is the run of {seen[content]} again: a baseline is of different seeds")
+        seen[content] = run["path"]
 
 
 def _run_as_json(run: RunCourses) -> dict[str, Any]:

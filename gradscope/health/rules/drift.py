@@ -113,7 +113,8 @@ def _nearest(evidence: Evidence, families: Sequence[tuple[Sequence[LayerChange],
 
 
 def _reading(evidence: Evidence, change: LayerChange, alpha: float, others: Sequence[LayerChange]) -> Reading:
-    times, reach = math.exp(change.change), math.exp(min(change.reach(alpha), 700.0))
+    # A baseline that somebody made up may hold what no factor is.
+    times, reach = math.exp(max(-700.0, min(change.change, 700.0))), math.exp(min(change.reach(alpha), 700.0))
     where = "Across the layers the" if change.where == EVERYWHERE else f"{called(printable(change.where))}: the"
     also = f" (also the {names([QUANTITIES[other.quantity] for other in others])})" if others else ""
     return Reading(
