@@ -54,7 +54,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 def test_nothing_is_written_of_what_makes_no_baseline(tmp_path: Path) -> None:
     with pytest.raises(GradscopeError, match="one baseline is of one model"):
         save_baseline(tmp_path / "b.json", [evidence(), evidence(layers=2)])
-    with pytest.raises(GradscopeError, match="is the run of .* again"):
+    with pytest.raises(GradscopeError, match=r"is the run of .* again"):
         save_baseline(tmp_path / "b.json", [evidence(), evidence()])
     with pytest.raises(GradscopeError, match="1 to 100 runs"):
         save_baseline(tmp_path / "b.json", [])

@@ -167,8 +167,36 @@ def test_one_outlying_step_does_not_fail() -> None:
 
 def test_too_few_measured_steps_cannot_tell() -> None:
     assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 1)).skipped is not None
-    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 50)).skipped is not None
-    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 51)).violations
+    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 30)).skipped is not None
+    assert judged(UPDATE_RATIO, recorded({"a.weight": (1.0, 5.0)}, 31)).violations
+
+
+def test_a_short_run_is_judged_by_what_it_did_briefly() -> None:
+    (found,) = judged(UPDATE_RATIO, recorded({"a.weight": (100.0, 0.2)}, 50)).violations
+    assert (found.value, found.limit, found.steps) == (pytest.approx(0.2), 0.15, (10, 30))
+    nearest = judged(UPDATE_RATIO, recorded({"a.weight": (100.0, 0.1)}, 50)).nearest
+    assert nearest is not None
+    assert (nearest.value, nearest.limit) == (pytest.approx(0.1), 0.15)
+
+
+def test_what_is_large_for_a_while_only_may_be_larger() -> None:
+    class Early(RecordedSource):
+        def _recorded(self, index: int, names: list[str], sampled: bool) -> Any:
+            call = super()._recorded(index, names, sampled)
+            if call.update_norm is not None and 10 <= index <= 40:
+                call.update_norm[:] *= self.factor
+            return call
+
+        factor = 1.0
+
+    def briefly(factor: float) -> Any:
+        source = Early([{"a.weight": np.ones((3, 4))}] * 400, updates={"a.weight": (1.0, 0.01)})
+        source.factor = factor
+        return judged(UPDATE_RATIO, source)
+
+    assert briefly(14.0).nearest is not None
+    (found,) = briefly(16.0).violations
+    assert (found.value, found.limit, found.steps) == (pytest.approx(0.16), 0.15, (10, 30))
 
 
 def test_sources_without_updates_cannot_tell() -> None:
