@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pickle
 import threading
 from typing import Any
@@ -443,6 +444,26 @@ def test_weight_and_update_norms_at_every_tenth_step(tmp_path: Any, model: nn.Mo
         assert row["weight_norm"] == pytest.approx([float(p.norm()) for p in before[i]], rel=1e-9)
         changes = [float((b - a).norm()) for a, b in zip(before[i], after[i], strict=True)]
         assert row["update_norm"] == pytest.approx(changes, rel=1e-6)
+
+
+def test_one_clip_over_two_optimizers_knows_the_updates_of_the_first_alone(tmp_path: Any, model: nn.Module) -> None:
+    first = torch.optim.Adam(model[0].parameters(), 1e-2)
+    second = torch.optim.Adam(model[2].parameters(), 1e-2)
+    changes: list[list[float]] = []
+
+    def train() -> None:
+        for _ in range(STEPS):
+            model.zero_grad()
+            model(torch.randn(16, 4)).pow(2).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            before = [p.detach().double().clone() for p in model[0].parameters()]
+            first.step()
+            changes.append([float((p.detach() - b).norm()) for p, b in zip(model[0].parameters(), before, strict=True)])
+            second.step()
+
+    for i, row in enumerate(record(tmp_path, train).rows):
+        if i % 10 == 0:
+            assert row["update_norm"] == pytest.approx([*changes[i], math.nan, math.nan], rel=1e-6, nan_ok=True)
 
 
 def test_an_optimizer_that_is_not_torchs(tmp_path: Any, model: nn.Module) -> None:

@@ -54,9 +54,13 @@ class ClipCall:
         if not self.weight_norms:
             self.weight_norms = [group.updates.before() for group, _ in self.parts if group.updates]
 
-    def update_norms(self) -> list[Any]:
-        """The norms of what the step has changed in them."""
-        return [group.updates.after() for group, _ in self.parts if group.updates]
+    def update_norms(self, updated: frozenset[int] | None) -> list[Any]:
+        """The norms of what the step has changed in them; NaN for what is not ``updated`` (ids) by its optimizer."""
+        return [
+            group.updates.after() if updated is None or group.members <= updated else group.updates.after(updated)
+            for group, _ in self.parts
+            if group.updates
+        ]
 
     def covers(self, watch: OptimizerWatch) -> bool:
         """Whether ``watch`` updates parameters of this call, and has not done so yet."""

@@ -56,8 +56,15 @@ class UpdateNorms:
             self._known = KnownTensors(TENSOR_TYPES, sizes, dtypes)
         return self._meter.before([p.data_ptr() for p in held if p is not None])
 
-    def after(self) -> Any:
-        """‖θ' − θ‖ per tensor, likewise; NaN for a tensor whose turn it was not."""
+    def after(self, updated: frozenset[int] | None = None) -> Any:
+        """‖θ' − θ‖ per tensor, likewise; NaN for a tensor whose turn it was not, or that is not ``updated`` (ids)."""
+        norms = self._after()
+        if updated is None:
+            return norms
+        others = np.array([id(ref()) not in updated for ref in self._parameters])
+        return norms.without(others) if isinstance(norms, PendingNorms) else np.where(others, np.nan, norms)
+
+    def _after(self) -> Any:
         pointers = self._pointers()
         if pointers is not None and self._meter is not None:
             return self._meter.after(pointers)
@@ -107,12 +114,18 @@ class PendingNorms:
         norms = [None if t is None else torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
         self._at = [i for i, norm in enumerate(norms) if norm is not None]
         self._length = len(norms)
+        self._others: NDArray[np.bool_] | None = None
         there = [norm for norm in norms if norm is not None]
         self._numbers = torch.stack(there).to("cpu", non_blocking=True) if there else torch.empty(0)
         self._event: Any = None
         if there and there[0].device.type == "cuda":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
+
+    def without(self, others: NDArray[np.bool_]) -> PendingNorms:
+        """These, NaN where ``others`` says so."""
+        self._others = others
+        return self
 
     def ready(self) -> bool:
         """Whether they have arrived."""
@@ -124,6 +137,8 @@ class PendingNorms:
             self._event.synchronize()
         norms = np.full(self._length, np.nan)
         norms[self._at] = self._numbers.numpy()
+        if self._others is not None:
+            norms[self._others] = np.nan
         return norms
 
 

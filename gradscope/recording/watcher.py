@@ -470,7 +470,7 @@ class Watcher:
         watch.captured = False
         calls, watch.calls = watch.calls, []
         watch.used = [call.witness for call in calls if call.witness is not None]
-        self._finish([call for call in calls if not call.consumers], self.step, stepped)
+        self._finish([call for call in calls if not call.consumers], self.step, stepped, watch.ids)
         for call in calls:
             call.consumers.append(watch)
             # A row may wait a while; the gradient should not.
@@ -504,11 +504,11 @@ class Watcher:
         watch.round = self.step
         return self.step
 
-    def _finish(self, calls: list[ClipCall], step: int, stepped: Any) -> None:
+    def _finish(self, calls: list[ClipCall], step: int, stepped: Any, updated: frozenset[int] | None = None) -> None:
         if not self._sampling.plan(step).due:
             return
         for call in calls:
-            self.sink.emit(step, call, stepped, call.update_norms() if call.weight_norms else [])
+            self.sink.emit(step, call, stepped, call.update_norms(updated) if call.weight_norms else [])
 
     def finish(self) -> None:
         """The recording ends: rows of gradients that no torch optimizer uses go out."""
