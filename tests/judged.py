@@ -17,6 +17,13 @@ SAMPLES = Path(__file__).parents[1] / "sample_ckpts"
 def judged(rule: str, source: GradientSource | Path, **limits: LimitValue) -> RuleOutcome:
     """What ``rule`` says with these limits in place of its defaults, written with _ for -."""
     opened = open_source(source) if isinstance(source, Path) else source
-    given = {name.replace("_", "-"): value for name, value in limits.items()}
-    (outcome,) = check([opened], CheckSettings(limits={rule: given}, select=(rule,))).rules
+    settings = CheckSettings(select=(rule,))
+    for name, value in limits.items():
+        settings = settings.with_rule(f"{rule}.{name.replace('_', '-')}", value)
+    (outcome,) = check([opened], settings).rules
     return outcome
+
+
+def skipped(outcome: RuleOutcome) -> str | None:
+    """Why a rule was skipped; None where it was not."""
+    return outcome.message if outcome.status == "skipped" else None

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rule_evidence import judged
+from judged import judged
 
 from gradscope.gradients import GradientStep, Progress
-from gradscope.health.rules.noise_scale import NOISE_SCALE
 from tests.in_memory_source import InMemorySource
 
 
@@ -29,23 +28,23 @@ class Minibatches(InMemorySource):
 
 def test_minibatches_far_below_the_noise_scale_warn() -> None:
     # tr Σ/‖G‖² = 100/(100·0.02²) = 2500 samples.
-    verdict = judged(NOISE_SCALE, Minibatches(400, 2, 0.02), max=100.0)
+    verdict = judged("noise-scale", Minibatches(400, 2, 0.02), max=100.0)
     (found,) = verdict.violations
     assert found.value is not None
     assert 100.0 < found.value < 1250.0
     assert "almost all noise" in found.message
-    assert NOISE_SCALE.severity == "warn"
+    assert verdict.status == "warn"
 
 
 def test_the_lower_end_is_compared() -> None:
     for seed in range(5):
-        assert judged(NOISE_SCALE, Minibatches(64, 2, 0.02, seed), max=1250.0).nearest is not None
-    nearest = judged(NOISE_SCALE, Minibatches(64, 8, 1.0)).nearest
-    assert nearest is not None
+        assert judged("noise-scale", Minibatches(64, 2, 0.02, seed), max=1250.0).status == "pass"
+    nearest = judged("noise-scale", Minibatches(64, 8, 1.0))
+    assert nearest.status == "pass"
     assert nearest.value == pytest.approx(1 / 8, rel=0.3)
     assert nearest.value < 1 / 8
 
 
 def test_too_few_minibatches_or_none_cannot_tell() -> None:
-    assert "too few" in (judged(NOISE_SCALE, Minibatches(3, 2, 0.1)).skipped or "")
-    assert judged(NOISE_SCALE, InMemorySource([{"a.weight": np.ones(4)}])).skipped is not None
+    assert "too few" in judged("noise-scale", Minibatches(3, 2, 0.1)).message
+    assert judged("noise-scale", InMemorySource([{"a.weight": np.ones(4)}])).status == "skipped"

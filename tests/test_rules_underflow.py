@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from judged import SAMPLES, judged
 from recorded import record
-from rule_evidence import judged
 from torch import nn
 
-from gradscope.health.rules.underflow import SMALLEST, UNDERFLOW, lost_elements
+from gradscope.health.rules.underflow import SMALLEST, lost_elements
 from gradscope.spectrum import MagnitudeSpectrum
 from tests.in_memory_source import InMemorySource, NormSource
 
@@ -54,7 +54,7 @@ def trained(directory: Path, kind: str, steps: int = 21) -> Path:
 
 @pytest.mark.parametrize("kind", ["half", "autocast"])
 def test_float16_without_loss_scaling_fails(tmp_path: Path, kind: str) -> None:
-    verdict = judged(UNDERFLOW, trained(tmp_path, kind))
+    verdict = judged("underflow", trained(tmp_path, kind))
     assert {found.where for found in verdict.violations} >= {"2"}
     worst = verdict.violations[0]
     assert worst.value == max(found.value or 0.0 for found in verdict.violations)
@@ -65,10 +65,10 @@ def test_float16_without_loss_scaling_fails(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["scaled", "float32"])
 def test_loss_scaling_and_float32_pass(tmp_path: Path, kind: str) -> None:
-    verdict = judged(UNDERFLOW, trained(tmp_path, kind))
-    assert verdict.nearest is not None
-    assert verdict.nearest.value == 0.0
-    assert "float16 without loss scaling would round" in verdict.nearest.message
+    verdict = judged("underflow", trained(tmp_path, kind))
+    assert verdict.status == "pass"
+    assert verdict.value == 0.0
+    assert "float16 without loss scaling would round" in verdict.message
 
 
 def small_normal(shape: tuple[int, ...], size: float, seed: int = 0) -> Any:
@@ -88,7 +88,7 @@ def test_what_is_lost_is_at_least_what_is_told(size: float, wide: bool) -> None:
     if size >= 2.4e-7:
         assert told > 0.8 * lost
     dumps = InMemorySource([{"a.weight": stored}, {"a.weight": stored}])
-    verdict = judged(UNDERFLOW, dumps)
+    verdict = judged("underflow", dumps)
     assert verdict.violations
     assert (verdict.violations[0].value or 0.0) <= lost / true.size
 
@@ -97,9 +97,9 @@ def test_zeros_alone_are_no_underflow() -> None:
     dead = small_normal((100, 100), 1e-3).astype(np.float16)
     dead[:90] = 0
     for array in (dead, dead.astype(np.float32)):
-        verdict = judged(UNDERFLOW, InMemorySource([{"embedding.weight": array}]))
-        assert verdict.nearest is not None
-        assert verdict.nearest.value == pytest.approx(0.0, abs=1e-3)
+        verdict = judged("underflow", InMemorySource([{"embedding.weight": array}]))
+        assert verdict.status == "pass"
+        assert verdict.value == pytest.approx(0.0, abs=1e-3)
 
 
 def test_no_more_is_lost_than_there_are_zeros() -> None:
@@ -116,7 +116,7 @@ def test_a_tiny_float32_gradient_shows_no_format() -> None:
 
 def test_a_few_elements_are_not_enough() -> None:
     array = np.array([2.0**-24, 0.0, 0.0, 2.0**-24, 1e-3, 1e-2], np.float16)
-    assert judged(UNDERFLOW, InMemorySource([{"a.bias": array}])).nearest is not None
+    assert judged("underflow", InMemorySource([{"a.bias": array}])).status == "pass"
 
 
 @pytest.mark.parametrize(("format_", "least"), [("float16", 2.0**-25), ("bfloat16", 2.0**-134)])
@@ -125,9 +125,7 @@ def test_a_format_can_be_asked_about(format_: str, least: float, scale: float) -
     array = small_normal((200, 100), 1e-7)
     living = np.abs(array).ravel()
     source = InMemorySource([{"a.weight": array}])
-    verdict = judged(UNDERFLOW, source, format=format_, loss_scale=scale)
-    found = verdict.violations[0] if verdict.violations else verdict.nearest
-    assert found is not None
+    found = judged("underflow", source, format=format_, loss_scale=scale)
     assert found.value == pytest.approx(float((living * scale < least).mean()), abs=0.005)
 
 
@@ -137,16 +135,12 @@ def test_a_format_can_be_asked_about(format_: str, least: float, scale: float) -
 def test_float8_loses_what_torch_rounds_to_zero(format_: str, dtype: torch.dtype) -> None:
     array = small_normal((200, 100), 2e-3).astype(np.float32)
     expected = float((torch.from_numpy(array).to(dtype).float() == 0).double().mean())
-    found = judged(UNDERFLOW, InMemorySource([{"a.weight": array}]), format=format_).violations or (
-        judged(UNDERFLOW, InMemorySource([{"a.weight": array}]), format=format_).nearest,
-    )
-    assert found[0] is not None
-    assert found[0].value == pytest.approx(expected, abs=0.01)
+    found = judged("underflow", InMemorySource([{"a.weight": array}]), format=format_)
+    assert found.value == pytest.approx(expected, abs=0.01)
 
 
 def test_sources_without_magnitudes_cannot_tell() -> None:
-    samples = Path(__file__).parent.parent / "sample_ckpts"
-    assert judged(UNDERFLOW, NormSource(np.ones((5, 2)))).skipped is not None
-    assert judged(UNDERFLOW, samples / "ppo_cartpole.zip").skipped is not None
-    assert judged(UNDERFLOW, samples / "ppo_cartpole.gradscope").nearest is not None
-    assert judged(UNDERFLOW, InMemorySource([{"a.weight": np.zeros((3, 3))}])).skipped is not None
+    assert judged("underflow", NormSource(np.ones((5, 2)))).status == "skipped"
+    assert judged("underflow", SAMPLES / "ppo_cartpole.zip").status == "skipped"
+    assert judged("underflow", SAMPLES / "ppo_cartpole.gradscope").status == "pass"
+    assert judged("underflow", InMemorySource([{"a.weight": np.zeros((3, 3))}])).status == "skipped"
