@@ -166,7 +166,8 @@ class GradientSource(ABC):
     groups.  ``skipped`` names what was left out and why (``"step: int64"``); ``findings`` are sentences about what is
     wrong with the run, most important first, and ``notes`` what else the reader should know.  ``lint`` is what a
     recording noticed about how the run clips, one entry per rule; its sentences are among the findings.  ``ranks`` is
-    how many processes trained, where that is known.
+    how many processes trained, where that is known.  ``trained_otherwise`` says why parameters that an optimizer holds
+    may have no gradient and be trained all the same.
     """
 
     info: SourceInfo
@@ -176,6 +177,7 @@ class GradientSource(ABC):
     notes: tuple[str, ...] = field(default=())
     findings: tuple[str, ...] = ()
     lint: tuple[LintFinding, ...] = ()
+    trained_otherwise: str | None = None
     ranks: int | None = None
     # What progress counts.
     read_unit: ClassVar[str] = "bytes"

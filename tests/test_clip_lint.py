@@ -185,6 +185,38 @@ def test_parameters_that_never_have_a_gradient(tmp_path: Any) -> None:
     assert found["message"] == "2 tensors of SGD never had a gradient: spare.weight, spare.bias."
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_parameters_that_are_trained_without_a_gradient_are_used(tmp_path: Any, gone: bool) -> None:
+    def train() -> None:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model[2](torch.randn(4, model[2].in_features)).sum().backward()
+            optimizer.step()
+            # As a line search does.
+            model[0].weight.data.copy_(model[0].weight.data * 1.01)
+            model[0].bias.data.copy_(model[0].bias.data * 1.01)
+        if not gone:
+            kept.append(optimizer)
+
+    kept: list[Any] = []
+    assert not record(tmp_path, train).metadata["findings"]
+
+
+def test_parameters_of_a_model_that_is_gone_are_still_told(tmp_path: Any) -> None:
+    def train() -> None:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model[2](torch.randn(4, model[2].in_features)).sum().backward()
+            optimizer.step()
+
+    recorded = record(tmp_path, train)
+    assert "2 tensors of SGD never had a gradient" in finding(recorded, "unused")["message"]
+
+
 def test_frozen_parameters_are_no_finding(tmp_path: Any) -> None:
     model = network()
     model[0].requires_grad_(False)

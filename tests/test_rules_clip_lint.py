@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from judged import SAMPLES, judged, skipped
+from real_training import sb3_checkpoint
 from recorded import record
 from torch import nn
 
@@ -212,6 +213,12 @@ def test_a_checkpoint_whose_optimizer_holds_no_state_of_a_parameter(tmp_path: Pa
     torch.save({"model": model.state_dict(), "optimizer": fresh.state_dict()}, tmp_path / "fresh.pt")
     assert judged("unused", tmp_path / "fresh.pt").status == "skipped"
     assert judged("unused", SAMPLES / "ppo_cartpole_gradients").status == "skipped"
+
+
+def test_an_actor_that_is_trained_without_the_optimizer_is_not_unused() -> None:
+    outcome = judged("unused", sb3_checkpoint("TRPO"))
+    assert outcome.status == "skipped"
+    assert "TRPO trains its actor without the optimizer" in outcome.message
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])

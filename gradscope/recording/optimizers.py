@@ -14,6 +14,7 @@ from torch import Tensor
 from gradscope._meter import same_parameters
 from gradscope.recording.clip_calls import ClipCall
 from gradscope.recording.clip_groups import WatchedGroup, Witness
+from gradscope.recording.placement import local
 
 # They clip inside their own optimizers, before torch's optimizer is called with the result.
 CLIPPING_FRAMEWORKS = {"deepspeed": "DeepSpeed", "megatron": "Megatron"}
@@ -27,7 +28,8 @@ class OptimizerWatch:
     """One optimizer.  ``round`` is the step in which it last stepped, ``captured`` whether its gradient is taken.
 
     ``frame`` finds where it is stepped.  ``never`` are the parameters that never had a gradient so far, by position,
-    and ``unused`` their names after the first step.  ``equal_steps`` in a row used the clip calls of ``last_groups``.
+    ``unused`` their names after the first step, and ``sizes`` the norms that their weights had then.  ``equal_steps``
+    in a row used the clip calls of ``last_groups``.
     """
 
     ref: weakref.ref[torch.optim.Optimizer]
@@ -38,6 +40,7 @@ class OptimizerWatch:
     ids: frozenset[int] = frozenset()
     never: list[int] = field(default_factory=list)
     unused: dict[int, str] = field(default_factory=dict)
+    sizes: dict[int, float] = field(default_factory=dict)
     round: int = -1
     finished: int = 0
     captured: bool = False
@@ -61,6 +64,7 @@ class OptimizerWatch:
 
     def release(self) -> None:
         """Let go of everything that belongs to the training."""
+        self.unused = dict(zip(self._kept(), self.never_used(), strict=True))
         self.parameters.clear()
         self.rest_of.clear()
         self.used.clear()
@@ -91,6 +95,30 @@ class OptimizerWatch:
     def note_gradients(self) -> None:
         """Strike out the parameters that have a gradient now."""
         self.never = [i for i in self.never if self.parameters[i].grad is None]
+
+    def wait_for(self, names: dict[int, str]) -> None:
+        """These parameters, by position, have no gradient at the first step."""
+        self.unused = names
+        self.sizes = {i: _size(self.parameters[i]) for i in names}
+
+    def never_used(self) -> list[str]:
+        """The names of those that had none throughout, and are the weights that they were.
+
+        What changed without a gradient is trained in another way: TRPO sets its actor by a line search.
+        """
+        return [self.unused[i] for i in self._kept()]
+
+    def _kept(self) -> list[int]:
+        waiting = [i for i in self.never if i in self.unused]
+        return [i for i in waiting if i >= len(self.parameters) or _size(self.parameters[i]) == self.sizes[i]]
+
+
+@torch.no_grad()
+def _size(parameter: Tensor) -> float:
+    """The L2 norm of a parameter; 0 where it has no elements to be looked at."""
+    if parameter.device.type not in ("cpu", "cuda") or parameter.layout is not torch.strided or not parameter.numel():
+        return 0.0
+    return float(torch.linalg.vector_norm(local(parameter), dtype=torch.float64))
 
 
 def _clipped_before(frame: FrameType | None) -> str | None:

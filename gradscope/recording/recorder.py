@@ -321,7 +321,7 @@ class Recorder:
         return self._groups.names_of(parameters)
 
     def _note_unused(self, watch: OptimizerWatch) -> None:
-        unused = [watch.unused[i] for i in watch.never if i in watch.unused]
+        unused = watch.never_used()
         if unused:
             self._lint.unused(watch.name, unused, self._rows.last_step)
 

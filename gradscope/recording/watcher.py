@@ -434,7 +434,8 @@ class Watcher:
         watch.note_gradients()
         if not watch.finished:
             waiting = [i for i in watch.never if watch.parameters[i].requires_grad]
-            watch.unused = dict(zip(waiting, self.sink.names_of([watch.parameters[i] for i in waiting]), strict=True))
+            names = self.sink.names_of([watch.parameters[i] for i in waiting])
+            watch.wait_for(dict(zip(waiting, names, strict=True)))
 
     def _settle(self, call: ClipCall, watch: OptimizerWatch, step: int) -> None:
         for group, _ in call.parts:

@@ -21,6 +21,8 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     elif not evidence.optimizers:
         return Verdict.cannot_tell("only a recorded run or an optimizer's state tells what an optimizer holds")
     else:
+        if evidence.source.trained_otherwise is not None:
+            return Verdict.cannot_tell(evidence.source.trained_otherwise)
         told = [(state, _unused(state, evidence)) for state in evidence.optimizers]
         readings = [_reading(state, unused, most) for state, unused in told if unused is not None]
         if not readings:

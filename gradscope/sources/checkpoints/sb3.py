@@ -68,6 +68,7 @@ def recognise(path: Path, tree: Tree) -> GradientSource | None:
         notes=(*_notes(algorithm, optimizers, told), *doubt),
         findings=tuple(found.message for found in lint),
         lint=lint,
+        trained_otherwise=f"{algorithm} trains its actor without the optimizer" if algorithm == "TRPO" else None,
         model=model.tensors,
         others=model.others,
         stored_optimizers=optimizers,
