@@ -232,3 +232,9 @@ def test_what_is_not_given_stays() -> None:
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.int64(1), 1])
 def test_a_limit_is_any_real_number(value: Any) -> None:
     assert CheckSettings().with_rule("clip-rate.max", value).limits["clip-rate"]["max"] == float(value)
+
+
+@pytest.mark.parametrize("rules", [["clip-rate.max"], "clip-rate.max", {3: 0.5}])
+def test_rules_that_are_no_mapping_of_limits(rules: object) -> None:
+    with pytest.raises(GradscopeError, match="must map limits to values"):
+        CheckSettings().with_choice(rules=rules)  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ def test_groups_that_differ_are_told_apart() -> None:
 def test_where_no_clip_rate_is_known() -> None:
     steps = steps_of(np.full(30, 2.0))
     assert skipped(judged("clip-rate", RecordedSource(steps))) == "the run clips nothing"
+    assert skipped(judged("clip-rate", RecordedSource(steps, limits=0.0))) == "max_norm is not positive"
     for source in (InMemorySource(steps), NormSource(np.ones((5, 2)))):
         assert skipped(judged("clip-rate", source)) == "only a recorded run tells what it clipped"
     assert judged("clip-rate", SAMPLES / "ppo_cartpole.zip").status == "skipped"

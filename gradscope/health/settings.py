@@ -78,6 +78,8 @@ class CheckSettings:
         Raises GradscopeError for an unknown rule, limit or value, for no rule at all, and for another ``fail_on``.
         """
         chosen = self
+        if not isinstance(rules, Mapping) or not all(isinstance(key, str) for key in rules):
+            raise GradscopeError("rules", "must map limits to values", 'for example {"clip-rate.max": 0.5}')
         for key, value in rules.items():
             chosen = chosen.with_rule(key, value)
         if select is not None:

@@ -17,6 +17,9 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     clipped = [group for group in evidence.recorded.groups if group.recent.clip_rate == group.recent.clip_rate]
     if not clipped:
         return Verdict.cannot_tell("the run clips nothing")
+    clipped = [group for group in clipped if group.max_norm is None or group.max_norm > 0.0]
+    if not clipped:
+        return Verdict.cannot_tell("max_norm is not positive")
     alone = len(clipped) == 1
     readings = [_reading(group, None if alone else group.name, limits) for group in clipped]
     beyond = [reading for reading, excess in readings if excess > 0.0]
