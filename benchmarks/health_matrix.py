@@ -22,8 +22,7 @@ from gradscope.check_results import Check
 from gradscope.health.checking import check
 from gradscope.sources.opening import open_source
 
-HERE = Path(__file__).parent
-READMES = (HERE / "README.md", HERE.parent / "README.md")
+README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- health matrix -->", "<!-- /health matrix -->"
 NONE = "–"
 
@@ -117,16 +116,12 @@ def _counts(counts: dict[str, int], of: int) -> str:
 
 
 def write_readme(table: str) -> None:
-    """Put ``table`` between the markers of each README that has them; ValueError where none has."""
-    written = 0
-    for readme in READMES:
-        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if end:
-            readme.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-            written += 1
-    if not written:
-        raise ValueError(f"no README has a place for the table: {BEGIN} and {END}")
+    """Put ``table`` between the markers of the README; ValueError where it has none."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"the README has no place for the table: {BEGIN} and {END}")
+    README.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -134,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the traces here, and train none that is here")
-    parser.add_argument("--write-readme", action="store_true", help="put the table between the markers of a README")
+    parser.add_argument("--write-readme", action="store_true", help="put the table between the markers of the README")
     options = parser.parse_args()
     # The libraries' advice on how to train is of no use here.
     warnings.simplefilter("ignore")
