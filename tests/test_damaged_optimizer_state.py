@@ -109,9 +109,15 @@ def test_a_max_grad_norm_that_is_none_is_named(tmp_path: Path, stored: Any, said
     assert inspection.optimizers[0].max_norm is None
 
 
-@pytest.mark.parametrize("stored", [0, float("inf")])
-def test_the_ways_to_write_no_clipping(tmp_path: Path, stored: float) -> None:
-    assert gradscope.inspect(sb3_with(stored, tmp_path / "ppo.zip")).notes == ("This PPO did not clip its gradients.",)
+def test_an_infinite_max_grad_norm_clips_nothing(tmp_path: Path) -> None:
+    inspection = gradscope.inspect(sb3_with(float("inf"), tmp_path / "ppo.zip"))
+    assert inspection.notes == ("This PPO did not clip its gradients.",)
+
+
+def test_a_max_grad_norm_of_0_is_what_stops_training(tmp_path: Path) -> None:
+    inspection = gradscope.inspect(sb3_with(0, tmp_path / "ppo.zip"))
+    assert inspection.notes == ()
+    assert "max_grad_norm in data is 0: it zeroes every gradient and stops training." in inspection.findings
 
 
 @pytest.mark.parametrize("stored", ["half", -1.0])

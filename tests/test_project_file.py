@@ -113,7 +113,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 @example(b"a = " + b"9" * 5000)
 @example(b"[tool.gradscope]\r\nsource = 'x'\r\n")
 def test_whatever_is_in_it_is_settings_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = written(tmp_path_factory.getbasetemp() / "any", content)
+    path = written(tmp_path_factory.getbasetemp() / "any project", content)
     try:
         assert isinstance(read_project(path).settings, dict)
     except GradscopeError as error:
