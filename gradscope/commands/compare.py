@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from gradscope.clipping.catalogue import POLICIES
-from gradscope.commands import options
+from gradscope.commands import options, policy_options
 from gradscope.commands.inspect import By
-from gradscope.commands.simulate import ConventionName, chosen_policies
 
 
 def compare(
@@ -22,42 +20,10 @@ def compare(
         ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", show_default=False, help="What to compare it with: any of these.")],
-    max_norm: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--max-norm",
-            "--max-grad-norm",
-            metavar="X...",
-            help="How often max_norm X would clip each side.",
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = None,
-    clip_value: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--clip-value",
-            metavar="X...",
-            help=r"The same for a clamp of every element to \[-X, X].",
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            metavar="NAME:ARGS...",
-            help=f"Any policy: {', '.join(rule.usage for rule in POLICIES)}.".replace("[", r"\["),
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = None,
-    convention: Annotated[
-        ConventionName,
-        typer.Option(
-            "--convention",
-            help="Scale by min(1, max_norm/n), or as torch does by min(1, max_norm/(n + 1e-6)).",
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = ConventionName.EXACT,
+    max_norm: policy_options.MaxNorm = None,
+    clip_value: policy_options.ClipValue = None,
+    policy: policy_options.AnyPolicy = None,
+    convention: policy_options.Convention = policy_options.ConventionName.EXACT,
     steps: options.Steps = None,
     groups: options.Groups = None,
     as_: options.As = None,
@@ -75,9 +41,10 @@ def compare(
 ) -> None:
     """Two sources side by side, per layer, what differs most beyond noise first.
 
-    Any two of gradient dumps, checkpoints, traces and logs of norms: what both hold is compared.
+    Any two of gradient dumps, checkpoints, traces and logs of norms: what both hold is compared, and what a policy
+    would have clipped of each. Options with ... take several values.
     """
-    chosen = chosen_policies(max_norm or (), clip_value or (), policy or ())
+    chosen = policy_options.chosen_policies(max_norm or (), clip_value or (), policy or ())
     chosen_groups = options.parse_groups(groups)
 
     from gradscope.commands.destination import Destination

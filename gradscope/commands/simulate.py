@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import Enum
 from typing import Annotated
 
 import typer
 
-from gradscope.clipping.catalogue import POLICIES
-from gradscope.clipping.parsing import check_notation
-from gradscope.commands import options
-from gradscope.errors import GradscopeError
-
-
-class ConventionName(str, Enum):
-    """How a norm is clipped."""
-
-    EXACT = "exact"
-    TORCH = "torch"
+from gradscope.commands import options, policy_options
 
 
 def simulate(
     paths: options.Paths = None,
-    max_norm: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--max-norm",
-            "--max-grad-norm",
-            metavar="X...",
-            help="Clip by norm at X: one norm over each clip group.",
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = None,
-    clip_value: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--clip-value", metavar="X...", help=r"Clamp every element to \[-X, X].", rich_help_panel=options.POLICIES
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            metavar="NAME:ARGS...",
-            help=f"Any policy: {', '.join(rule.usage for rule in POLICIES)}.".replace("[", r"\["),
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = None,
+    max_norm: policy_options.MaxNorm = None,
+    clip_value: policy_options.ClipValue = None,
+    policy: policy_options.AnyPolicy = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Add a ladder of max_norm.", rich_help_panel=options.POLICIES)
     ] = False,
-    convention: Annotated[
-        ConventionName,
-        typer.Option(
-            "--convention",
-            help="Scale by min(1, max_norm/n), or as torch does by min(1, max_norm/(n + 1e-6)).",
-            rich_help_panel=options.POLICIES,
-        ),
-    ] = ConventionName.EXACT,
+    convention: policy_options.Convention = policy_options.ConventionName.EXACT,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +49,7 @@ def simulate(
 
     Without a policy, a recorded run is replayed with its own max_norm.
     """
-    chosen = chosen_policies(max_norm or (), clip_value or (), policy or ())
+    chosen = policy_options.chosen_policies(max_norm or (), clip_value or (), policy or ())
     chosen_groups = options.parse_groups(groups)
     captured = options.captured_batch(
         batch,
@@ -124,23 +83,3 @@ def simulate(
             progress=progress,
         )
     destination.show(result, opening)
-
-
-def chosen_policies(max_norms: Sequence[str], clip_values: Sequence[str], policies: Sequence[str]) -> list[str]:
-    """The policies in their general notation, all checked, so that a slip is told before a long read.
-
-    Raises GradscopeError in the words of the option that was used.
-    """
-    chosen = []
-    for option, name, values in (("--max-norm", "norm", max_norms), ("--clip-value", "value", clip_values)):
-        for value in values:
-            options.parse_number(option, value)
-            try:
-                check_notation(f"{name}:{value}")
-            except GradscopeError as error:
-                raise GradscopeError(f"{option} {value}", error.why) from None
-            chosen.append(f"{name}:{value}")
-    for text in policies:
-        check_notation(text)
-        chosen.append(text)
-    return chosen
