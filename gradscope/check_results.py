@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -12,12 +13,8 @@ Severity: TypeAlias = Literal["error", "warn"]
 RuleStatus: TypeAlias = Literal["pass", "warn", "fail", "skipped"]
 Bound: TypeAlias = Literal["most", "least"]
 
-_TALLIED: tuple[tuple[RuleStatus, str], ...] = (
-    ("fail", "failed"),
-    ("pass", "passed"),
-    ("warn", "warned"),
-    ("skipped", "skipped"),
-)
+# What a rule did that ended so, in the order in which rules are counted.
+STATUS_WORDS: Mapping[RuleStatus, str] = {"fail": "failed", "pass": "passed", "warn": "warned", "skipped": "skipped"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,7 @@ class Check:
     @property
     def tally(self) -> str:
         """``2 failed, 6 passed, 1 warned, 9 skipped``: what there is none of is left out, but for what passed."""
-        counted = [(status, word, self.count(status)) for status, word in _TALLIED]
+        counted = [(status, word, self.count(status)) for status, word in STATUS_WORDS.items()]
         return ", ".join(f"{n} {word}" for status, word, n in counted if n or status == "pass")
 
     def fails_for(self, outcome: RuleOutcome) -> bool:

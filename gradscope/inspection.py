@@ -23,7 +23,7 @@ from gradscope.selection import place_of_step, regroup, select_steps
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.spread import Spread
 from gradscope.step_table import StepTable, members_of, recorded_run
-from gradscope.tensors import TensorInfo
+from gradscope.tensors import TensorInfo, places_by_layer
 
 SCHEMA = "gradscope.inspect/1"
 NEIGHBOURHOOD = 20
@@ -141,10 +141,7 @@ def _summary(
     # Where no step is finite, the finite tensors of the broken ones are still worth their numbers.
     counted = np.asarray(finite_steps if finite_steps.any() else np.ones_like(finite_steps))
     group_of = {i: name for name, members in reversed(list(groups.items())) for i in members}
-    layers: dict[str, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        layers.setdefault(tensor.layer, []).append(i)
-
+    layers = places_by_layer(tensors)
     tensor_energy = columns.energy[finite_steps].sum(axis=0)
     total_energy = float(tensor_energy.sum())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -32,3 +33,11 @@ class ClipGroup:
     name: str
     tensors: tuple[str, ...]
     max_norm: float | None = None
+
+
+def places_by_layer(tensors: Iterable[TensorInfo]) -> dict[str, list[int]]:
+    """The places of the tensors of each layer, in the order in which layers come."""
+    layers: dict[str, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        layers.setdefault(tensor.layer, []).append(place)
+    return layers

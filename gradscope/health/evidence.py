@@ -20,7 +20,7 @@ from gradscope.selection import select_steps
 from gradscope.spectra_sample import MergedSpectra, SpectraSample
 from gradscope.spectrum import MagnitudeSpectrum
 from gradscope.step_table import StepTable, recorded_run
-from gradscope.tensors import TensorInfo
+from gradscope.tensors import TensorInfo, places_by_layer
 
 if TYPE_CHECKING:
     from gradscope.health.baselines import Baseline
@@ -68,7 +68,7 @@ class Evidence:
             raise GradscopeError(source.info.path, "holds no gradient steps to choose from")
         weights = source.weights(progress)
         optimizers = source.optimizers(progress)
-        layers = _layers(source.tensors) if source.info.kind != "norm-log" else {}
+        layers = places_by_layer(source.tensors) if source.info.kind != "norm-log" else {}
         table, minibatches = None, None
         selected = select_steps(steps, source.info.steps) if source.tensors else range(0)
         together, shapes = MergedSpectra(len(source.tensors)), ShapeSeries(layers, len(selected))
@@ -108,10 +108,3 @@ class Evidence:
         if self.table is None or not len(rows):
             return None
         return int(self.table.index[min(rows)]), int(self.table.index[max(rows)])
-
-
-def _layers(tensors: Sequence[TensorInfo]) -> dict[str, list[int]]:
-    layers: dict[str, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        layers.setdefault(tensor.layer, []).append(place)
-    return layers

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.health.evidence import Evidence
-from gradscope.tensors import TensorInfo
+from gradscope.tensors import TensorInfo, places_by_layer
 
 FloatArray = NDArray[np.float64]
 
@@ -65,10 +65,7 @@ class TypicalGradients:
 
     def by_layer(self) -> list[TypicalGradient]:
         """Each layer's, in module order."""
-        layers: dict[str, list[int]] = {}
-        for place, tensor in enumerate(self.tensors):
-            layers.setdefault(tensor.layer, []).append(place)
-        return [self.together(name, places) for name, places in layers.items()]
+        return [self.together(name, places) for name, places in places_by_layer(self.tensors).items()]
 
     def shares(self) -> FloatArray:
         """Each tensor's share of the squared norm, float64 [steps, tensors]; steps without a gradient are left out."""

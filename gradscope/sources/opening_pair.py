@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from gradscope.errors import GradscopeError
 from gradscope.gradients import GradientSource
-from gradscope.sources.opening import open_source
+from gradscope.sources.opening import As, open_source
 
 
 def open_pair(
-    a: Any, b: Any, *, as_: Literal["gradients", "weights"] | None = None, tag: str | None = None
+    a: Any, b: Any, *, as_: As | None = None, tag: str | None = None
 ) -> tuple[GradientSource, GradientSource]:
     """Both sources; ``tag`` picks the series of those of them that are logs of norms.
 
@@ -24,7 +24,7 @@ def open_pair(
     return one, other
 
 
-def _by_tag(source: Any, as_: Literal["gradients", "weights"] | None, tag: str) -> GradientSource:
+def _by_tag(source: Any, as_: As | None, tag: str) -> GradientSource:
     try:
         opened = open_source(source, as_=as_)
     except GradscopeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from gradscope.check_results import Check, RuleOutcome
+from gradscope.check_results import STATUS_WORDS, Check, RuleOutcome
 from gradscope.findings import run_words, step_word
 from gradscope.notation import count, names, number, setting
 from gradscope.printable import printable
@@ -22,7 +22,6 @@ _LONGEST_LIMIT = 8
 # Names within a sentence.
 _LONGEST_NAME = 40
 
-_WORDS = {"fail": "failed", "warn": "warned", "pass": "passed", "skipped": "skipped"}
 _HEADLINES = {"fail": "unhealthy", "warn": "healthy, with warnings", "pass": "healthy"}
 
 
@@ -90,7 +89,7 @@ def _opening(source: Source, opening: str = "") -> str:
 def _findings(check: Check, outcomes: Sequence[RuleOutcome]) -> Iterator[Sentence]:
     for outcome in in_order(outcomes):
         tone: Tone = "alarm" if check.fails_for(outcome) else "strong"
-        head = f"{outcome.rule} {_WORDS[outcome.status]}"
+        head = f"{outcome.rule} {STATUS_WORDS[outcome.status]}"
         yield Sentence(full_message(outcome), finding=True, tone=tone, head=head)
 
 
@@ -161,7 +160,7 @@ def _rules_table(outcomes: Sequence[RuleOutcome]) -> Table:
         Row(
             (
                 outcome.rule,
-                _WORDS[outcome.status],
+                STATUS_WORDS[outcome.status],
                 known(outcome.value, number),
                 _limit(outcome),
                 outcome.where or "",

@@ -6,8 +6,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from gradscope.check_results import LimitInForce, RuleText
-from gradscope.notation import setting
+from gradscope.check_results import RuleText
 from gradscope.views.json_view import plain
 from gradscope.views.markdown import escaped
 
@@ -34,7 +33,7 @@ def _lines(rule: RuleText, width: int) -> Iterator[str]:
     yield from textwrap.wrap(f"{rule.rule} ({rule.severity}): {rule.about}", width, subsequent_indent=_INDENT)
     yield from _wrapped(rule.formula, width)
     for limit in rule.limits:
-        yield from _wrapped(f"{limit.name} = {_value(limit)}: {limit.about}", width)
+        yield from _wrapped(f"{limit.name} = {limit.typed or 'none'}: {limit.about}", width)
     yield from _wrapped(f"from {rule.source}", width)
 
 
@@ -48,8 +47,4 @@ def _section(rule: RuleText) -> Iterator[str]:
     if rule.limits:
         yield "\n| limit | value | |\n| :-- | --: | :-- |"
     for limit in rule.limits:
-        yield f"| {rule.rule}.{limit.name} | {escaped(_value(limit))} | {escaped(limit.about)} |"
-
-
-def _value(limit: LimitInForce) -> str:
-    return setting(limit.value) if not isinstance(limit.value, str) else limit.value or '""'
+        yield f"| {rule.rule}.{limit.name} | {escaped(limit.typed or 'none')} | {escaped(limit.about)} |"

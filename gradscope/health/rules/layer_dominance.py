@@ -9,6 +9,7 @@ from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
 from gradscope.health.typical_gradients import typical_gradients
 from gradscope.notation import percent
+from gradscope.tensors import places_by_layer
 
 # Of two layers one often has most.
 FEWEST_LAYERS = 3
@@ -19,9 +20,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     typical = typical_gradients(evidence)
     if typical.missing is not None:
         return Verdict.cannot_tell(typical.missing)
-    layers: dict[str, list[int]] = {}
-    for place, tensor in enumerate(typical.tensors):
-        layers.setdefault(tensor.layer, []).append(place)
+    layers = places_by_layer(typical.tensors)
     if len(layers) < FEWEST_LAYERS:
         return Verdict.cannot_tell(f"it takes at least {FEWEST_LAYERS} layers")
     shares = typical.shares()
