@@ -78,6 +78,13 @@ class Verdict:
         """These are beyond the limit, worst first."""
         return cls(violations=tuple(violations))
 
+    @classmethod
+    def by_value(cls, readings: Sequence[Reading]) -> Verdict:
+        """By one or more readings that are well up to their limit: those above it are violations, the largest first."""
+        ordered = sorted(readings, key=lambda reading: reading.value or 0.0, reverse=True)
+        beyond = [reading for reading in ordered if (reading.value or 0.0) > (reading.limit or 0.0)]
+        return cls.violated(beyond) if beyond else cls.well(ordered[0])
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gradscope.check_results import Reading
 from gradscope.health.evidence import Evidence
 from gradscope.health.rule import Limit, Limits, Rule, Verdict
@@ -14,7 +16,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     """Compare the 95 % interval of each clip group's recent clip rate with both limits."""
     if evidence.recorded is None:
         return Verdict.cannot_tell("only a recorded run tells what it clipped")
-    clipped = [group for group in evidence.recorded.groups if group.recent.clip_rate == group.recent.clip_rate]
+    clipped = [group for group in evidence.recorded.groups if not math.isnan(group.recent.clip_rate)]
     if not clipped:
         return Verdict.cannot_tell("the run clips nothing")
     clipped = [group for group in clipped if group.max_norm is None or group.max_norm > 0.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
             readings = _replayed(evidence, asked, None, most)
         except GradscopeError as error:
             return Verdict.cannot_tell(f"{error.what}: {error.why}")
-        return _verdict(readings, most)
+        return _verdict(readings)
     return _in_force(evidence, most)
 
 
@@ -50,15 +51,11 @@ def _in_force(evidence: Evidence, most: float) -> Verdict:
             readings += _replayed(evidence, f"value:{setting(value)}", groups, most)
         except GradscopeError as error:
             return Verdict.cannot_tell(f"{error.what}: {error.why}")
-    return _verdict(readings, most) if readings else Verdict.cannot_tell("the run clips nothing")
+    return _verdict(readings) if readings else Verdict.cannot_tell("the run clips nothing")
 
 
-def _verdict(readings: list[Reading], most: float) -> Verdict:
-    if not readings:
-        return Verdict.cannot_tell("the angle is not known at any step")
-    worst = sorted(readings, key=lambda reading: reading.value or 0.0, reverse=True)
-    beyond = [reading for reading in worst if (reading.value or 0.0) > most]
-    return Verdict.violated(beyond) if beyond else Verdict.well(worst[0])
+def _verdict(readings: Sequence[Reading]) -> Verdict:
+    return Verdict.by_value(readings) if readings else Verdict.cannot_tell("the angle is not known at any step")
 
 
 def _replayed(evidence: Evidence, policy: str, groups: list[str] | None, most: float) -> list[Reading]:

@@ -92,8 +92,7 @@ def _remembered(evidence: Evidence, most: float) -> Verdict:
         return Verdict.cannot_tell("the source holds no gradients, and no optimizer state that tells their size")
     norm, report = max(known, key=lambda pair: pair[0] if not math.isnan(pair[0]) else -1.0)
     message = f"{report.name} saw gradients of norm {number(norm)} in its last {number(report.window or 1)} steps."
-    reading = Reading(norm, most, report.name, None, message)
-    return Verdict.violated([reading]) if norm > most else Verdict.well(reading)
+    return Verdict.by_value([Reading(norm, most, report.name, None, message)])
 
 
 EXPLODING = Rule(

@@ -32,8 +32,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     message = f"Layer {where} holds {percent(medians[where])} of the squared norm"
     if medians[where] > most:
         message += ": it decides alone how much a joint norm clips; clip it by itself, or scale its loss"
-    reading = Reading(medians[where], most, where, typical.steps, f"{message}.")
-    return Verdict.violated([reading]) if medians[where] > most else Verdict.well(reading)
+    return Verdict.by_value([Reading(medians[where], most, where, typical.steps, f"{message}.")])
 
 
 LAYER_DOMINANCE = Rule(

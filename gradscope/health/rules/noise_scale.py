@@ -22,11 +22,8 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         f"The gradient noise scale is at least {number(least)} samples, {number(value)} times the minibatch "
         f"of {batch.minibatch_size:,}"
     )
-    if value > most:
-        return Verdict.violated(
-            [Reading(value, most, None, None, f"{said}: a step is almost all noise; use larger minibatches.")]
-        )
-    return Verdict.well(Reading(value, most, None, None, f"{said}."))
+    remedy = ": a step is almost all noise; use larger minibatches" if value > most else ""
+    return Verdict.by_value([Reading(value, most, None, None, f"{said}{remedy}.")])
 
 
 NOISE_SCALE = Rule(

@@ -25,9 +25,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     ]
     if not readings:
         return Verdict.cannot_tell(_why_none(evidence.reports))
-    readings.sort(key=lambda reading: reading.value or 0.0, reverse=True)
-    beyond = [reading for reading in readings if (reading.value or 0.0) > most]
-    return Verdict.violated(beyond) if beyond else Verdict.well(readings[0])
+    return Verdict.by_value(readings)
 
 
 def _reading(report: OptimizerReport, group: OptimizerGroup, saturation: float, most: float) -> Reading:

@@ -61,12 +61,10 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         share, said = _lost(layer, tensors) if own else _would_lose(layer, tensors, wanted, scale)
         remedy = "; scale the loss (GradScaler)" if own and share > most else ""
         readings.append(Reading(share, most, layer, steps, f"{said}{remedy}."))
-    readings.sort(key=lambda reading: reading.value or 0.0, reverse=True)
-    beyond = [reading for reading in readings if (reading.value or 0.0) > most]
-    if beyond:
-        return Verdict.violated(beyond)
-    telling = bool(wanted) or (readings[0].value or 0.0) >= WORTH_TELLING
-    return Verdict.well(readings[0] if telling else _nothing(layers, most, steps))
+    verdict = Verdict.by_value(readings)
+    if verdict.nearest is None or wanted or (verdict.nearest.value or 0.0) >= WORTH_TELLING:
+        return verdict
+    return Verdict.well(_nothing(layers, most, steps))
 
 
 def _layers(evidence: Evidence) -> dict[str, list[_Tensor]]:

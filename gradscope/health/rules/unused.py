@@ -27,11 +27,8 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         readings = [_reading(state, unused, most) for state, unused in told if unused is not None]
         if not readings:
             return Verdict.cannot_tell("no optimizer keeps a state of its parameters")
-    beyond = sorted((found for found in readings if _number(found) > most), key=_number, reverse=True)
-    if beyond:
-        return Verdict.violated(beyond)
     nothing = Reading(0.0, most, None, None, "Every parameter that an optimizer holds had a gradient.")
-    return Verdict.well(max(readings, key=_number, default=nothing))
+    return Verdict.by_value(readings or [nothing])
 
 
 def _unused(state: OptimizerState, evidence: Evidence) -> list[str] | None:
@@ -62,10 +59,6 @@ def _reading(state: OptimizerState, unused: list[str], most: float) -> Reading:
 def _used(parameter: ParameterState) -> bool:
     # Some optimizers make their state when they are built; the count of steps then stays at 0.
     return bool(parameter.moments) if parameter.step is None else parameter.step > 0.0
-
-
-def _number(reading: Reading) -> float:
-    return reading.value or 0.0
 
 
 UNUSED = Rule(
