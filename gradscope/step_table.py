@@ -90,8 +90,9 @@ class StepTable:
         self.energy[row] = step.sum_squares
         self.max_abs[row] = step.max_abs
         self.zeros[row] = step.zeros
-        self.nan[row] = step.nan
-        self.inf[row] = step.inf
+        if not step.finite:
+            # What is never written to takes no memory, which counts in long runs.
+            self.nan[row], self.inf[row] = step.nan, step.inf
         if step.present is not None:
             self.present[row] = step.present
             self.zeros[row] *= step.present
