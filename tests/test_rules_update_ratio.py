@@ -164,8 +164,21 @@ def test_one_outlying_step_does_not_fail() -> None:
 
 def test_too_few_measured_steps_cannot_tell() -> None:
     assert judged("update-ratio", recorded({"a.weight": (1.0, 5.0)}, 1)).status == "skipped"
-    assert judged("update-ratio", recorded({"a.weight": (1.0, 5.0)}, 30)).status == "skipped"
-    assert judged("update-ratio", recorded({"a.weight": (1.0, 5.0)}, 31)).violations
+    assert judged("update-ratio", recorded({"a.weight": (1.0, 5.0)}, 20)).status == "skipped"
+    (found,) = judged("update-ratio", recorded({"a.weight": (1.0, 5.0)}, 21)).violations
+    assert found.steps == (10, 20)
+
+
+def test_of_two_measured_steps_both_must_be_too_large() -> None:
+    class Uneven(RecordedSource):
+        def _recorded(self, index: int, names: list[str], sampled: bool) -> Any:
+            call = super()._recorded(index, names, sampled)
+            if call.update_norm is not None and index == 10:
+                call.update_norm[:] *= 100.0
+            return call
+
+    outcome = judged("update-ratio", Uneven([{"a.weight": np.ones((3, 4))}] * 25, updates={"a.weight": (1.0, 0.01)}))
+    assert (outcome.status, outcome.value) == ("pass", pytest.approx(0.01))
 
 
 def test_a_short_run_is_judged_by_what_it_did_briefly() -> None:

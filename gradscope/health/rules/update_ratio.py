@@ -33,6 +33,8 @@ IntArray = NDArray[np.int64]
 ITS_WEIGHTS, INITIAL_SIZE = "its weights", "the size that its weights start with"
 
 FEWEST_MEASURED = 3
+# In a run of which no more are known.
+FEWEST_BRIEFLY = 2
 # How many inputs of a matrix count: these in any case, and so many per output, as behind a feed-forward block.
 MOST_INPUTS, MOST_PER_OUTPUT = 64, 4
 # Into how many parts a run is split, as far as so many updates were measured.
@@ -146,9 +148,11 @@ def _parts(measured: IntArray) -> tuple[IntArray, ...]:
 
 
 def _windows(measured: IntArray) -> tuple[IntArray, ...]:
-    """As few neighbours as have a median, from the second on: an optimizer's first step is often its largest."""
-    starts = range(1, len(measured) - FEWEST_MEASURED + 1)
-    return tuple(measured[start : start + FEWEST_MEASURED] for start in starts)
+    """A few neighbours each, from the second on: an optimizer's first step is often its largest."""
+    length = min(FEWEST_MEASURED, len(measured) - 1)
+    if length < FEWEST_BRIEFLY:
+        return ()
+    return tuple(measured[start : start + length] for start in range(1, len(measured) - length + 1))
 
 
 def _idle(evidence: Evidence, newest: IntArray) -> Reading | None:
@@ -196,9 +200,11 @@ def _largest(layers: Sequence[tuple[str, FloatArray]], parts: Sequence[IntArray]
 
 
 def _median(values: FloatArray) -> float | None:
-    """Of the finite values; None where there are too few."""
+    """Of the finite values, of two the smaller; None where there are too few."""
     known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) >= min(FEWEST_MEASURED, len(values)) > 0 else None
+    if len(known) < min(FEWEST_MEASURED, len(values)) or not len(known):
+        return None
+    return float(known.min() if len(known) == FEWEST_BRIEFLY else np.median(known))
 
 
 def _measured(table: StepTable, evidence: Evidence) -> Iterator[_Layer]:
