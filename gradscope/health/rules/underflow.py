@@ -142,7 +142,7 @@ UNDERFLOW = Rule(
     "/ elements that are not zero",
     source="Micikevicius et al. 2018, Mixed Precision Training, section 3.2; IEEE 754 (float16: s = 2^-24)",
     limits=(
-        Limit("max", 0.01, "largest share of a layer's elements that are lost", most=1.0),
+        Limit("max", 0.001, "largest share of a layer's elements that are lost", most=1.0),
         Limit(
             "format",
             "",
