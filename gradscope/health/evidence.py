@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from gradscope.health.baselines import Baseline
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What one source holds, read once.
 
@@ -97,11 +98,16 @@ class Evidence:
         """The gradient tensors; arrays of the table have a column for each."""
         return self.source.tensors
 
-    @property
+    @cached_property
+    def joint(self) -> NDArray[np.float64]:
+        """The L2 norm of all tensors together, float64 [steps]; NaN or Inf at steps that hold such an element."""
+        assert self.table is not None
+        return self.table.norms(range(len(self.tensors)))
+
+    @cached_property
     def finite(self) -> NDArray[np.bool_]:
         """The steps without NaN or Inf whose squared norm exists, bool [steps]."""
-        assert self.table is not None
-        return np.isfinite(self.table.norms(range(len(self.tensors))))
+        return np.asarray(np.isfinite(self.joint))
 
     def steps_of(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[int, int] | None:
         """The first and the last step, by their index, of these rows of the table; None where there is none."""

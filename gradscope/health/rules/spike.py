@@ -36,7 +36,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         return Verdict.cannot_tell("the source holds no gradients of single steps")
     if not evidence.source.in_time:
         return Verdict.cannot_tell("the minibatches of one batch are not steps in time")
-    joint = evidence.table.norms(range(len(evidence.tensors)))
+    joint = evidence.joint
     rows = np.flatnonzero(np.isfinite(joint) & (joint > 0.0))
     if len(rows) <= FEWEST_NEIGHBOURS:
         return Verdict.cannot_tell(f"it takes more than {FEWEST_NEIGHBOURS} steps whose norm is finite and not 0")

@@ -165,7 +165,7 @@ def _idle(evidence: Evidence, newest: IntArray) -> Reading | None:
         return None
     assert table.update_norm is not None
     judged = table.measured[newest]
-    joint = table.norms(range(len(evidence.tensors)))[judged]
+    joint = evidence.joint[judged]
     # A gradient that is clipped to nothing is another fault.
     to_nothing = (table.history.max_norm[judged] <= 0.0).any(axis=1)
     stepped = (table.history.stepped[judged] == 1).any(axis=1)
