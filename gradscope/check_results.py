@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -33,6 +34,12 @@ class Reading:
     steps: tuple[int, int] | None
     message: str
     bound: Bound = "most"
+
+    @property
+    def over_limit(self) -> float:
+        """The value over its limit, infinite at a limit of 0."""
+        assert self.value is not None and self.limit is not None
+        return self.value / self.limit if self.limit else math.inf
 
 
 @dataclass(frozen=True, slots=True)

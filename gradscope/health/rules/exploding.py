@@ -22,21 +22,15 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     """Compare the running median of the joint norm with the limit, and with the median of all that came before."""
     if evidence.table is None:
         return _remembered(evidence, limits.number("max"))
-    joint = evidence.table.norms(range(len(evidence.tensors)))
+    joint = evidence.joint
     rows = np.flatnonzero(~np.isnan(joint) & ~(evidence.table.nonfinite.any(axis=1)))
     if not len(rows):
         return Verdict.cannot_tell("every step holds NaN or Inf")
     norms = joint[rows]
     growth = _growth(evidence, rows, norms, limits)
     readings = [_size(evidence, rows, norms, limits.number("max")), *([growth] if growth is not None else [])]
-    beyond = [reading for reading in readings if _nearness(reading) > 1.0]
-    return Verdict.violated(beyond) if beyond else Verdict.well(max(readings, key=_nearness))
-
-
-def _nearness(reading: Reading) -> float:
-    """The value over its limit."""
-    assert reading.value is not None and reading.limit is not None
-    return reading.value / reading.limit if reading.limit else math.inf
+    beyond = [reading for reading in readings if reading.over_limit > 1.0]
+    return Verdict.violated(beyond) if beyond else Verdict.well(max(readings, key=lambda reading: reading.over_limit))
 
 
 def _window(steps: int) -> int:

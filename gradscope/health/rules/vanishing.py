@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,25 +29,12 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     readings = [_absolute(typical, layer, limits.number("min")) for layer in layers]
     for part in _parts(layers):
         readings += _beside_others(typical, part, limits.number("min-ratio"))
-    readings.sort(key=lambda reading: reading.margin)
-    below = [reading for reading in readings if reading.margin < 1.0]
-    return _once_per_layer(below) if below else Verdict.well(readings[0].reading)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    reading: Reading
-
-    @property
-    def margin(self) -> float:
-        """The value over its limit; below 1 is a violation."""
-        assert self.reading.value is not None and self.reading.limit is not None
-        return self.reading.value / self.reading.limit if self.reading.limit else float("inf")
-
-
-def _once_per_layer(below: Sequence[_Reading]) -> Verdict:
-    first = {reading.reading.where: reading.reading for reading in reversed(below)}
-    return Verdict.violated([r.reading for r in below if first[r.reading.where] is r.reading])
+    readings.sort(key=lambda reading: reading.over_limit)
+    worst: dict[str | None, Reading] = {}
+    for reading in readings:
+        if reading.over_limit < 1.0:
+            worst.setdefault(reading.where, reading)
+    return Verdict.violated(list(worst.values())) if worst else Verdict.well(readings[0])
 
 
 def _parts(layers: Sequence[TypicalGradient]) -> list[list[TypicalGradient]]:
@@ -59,14 +45,14 @@ def _parts(layers: Sequence[TypicalGradient]) -> list[list[TypicalGradient]]:
     return list(parts.values())
 
 
-def _absolute(typical: TypicalGradients, layer: TypicalGradient, least: float) -> _Reading:
+def _absolute(typical: TypicalGradients, layer: TypicalGradient, least: float) -> Reading:
     message = f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}"
     if layer.norm < least:
         message += ": too small to train it"
-    return _Reading(Reading(layer.norm, least, layer.name, typical.steps, f"{message}.", "least"))
+    return Reading(layer.norm, least, layer.name, typical.steps, f"{message}.", "least")
 
 
-def _beside_others(typical: TypicalGradients, layers: Sequence[TypicalGradient], least: float) -> list[_Reading]:
+def _beside_others(typical: TypicalGradients, layers: Sequence[TypicalGradient], least: float) -> list[Reading]:
     """Gradient over weight, or per element where weights are not known of all, over the median of that."""
     weighed = [layer for layer in layers if layer.weight is not None and layer.weight > 0.0]
     by_weight = len(weighed) >= FEWEST_LAYERS
@@ -77,16 +63,14 @@ def _beside_others(typical: TypicalGradients, layers: Sequence[TypicalGradient],
     middle = float(np.median(sizes))
     measure = "relative to its weights" if by_weight else "per element"
     return [
-        _Reading(
-            Reading(
-                size / middle,
-                least,
-                layer.name,
-                typical.steps,
-                f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}: {measure}, "
-                f"{number(size / middle)} times that of the median layer.",
-                "least",
-            )
+        Reading(
+            size / middle,
+            least,
+            layer.name,
+            typical.steps,
+            f"Layer {layer.name} has a {typical.word} gradient norm of {number(layer.norm)}: {measure}, "
+            f"{number(size / middle)} times that of the median layer.",
+            "least",
         )
         for layer, size in zip(judged, sizes, strict=True)
     ]
