@@ -471,7 +471,8 @@ def test_large_groups_in_any_thread_and_with_one_alone() -> None:
     script = """
 def in_a_thread():
     measure()
-    print("measured")
+    # print() writes the end of the line by itself, and another thread may come between.
+    sys.stdout.write("measured\\n")
 
 threads = [threading.Thread(target=in_a_thread) for _ in range(3)]
 for thread in threads:
